@@ -1,0 +1,19 @@
+// The constants of the numerical contract (see int8_ops/reference.py, which is that contract in
+// plain PyTorch). Host and device code share them; nothing here depends on torch or CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace int8_ops {
+
+// The quantized range is symmetric: -128 is never produced, so that -q is always representable.
+inline constexpr int kQuantMax = 127;
+
+// A row whose scale would fall below the smallest normal float32 is stored as q = 0, scale = 1.
+inline constexpr float kMinNormalScale = 1.17549435e-38F;
+
+// |a * w| <= 128 * 128 = 2^14 for int8 operands, so K products stay within int32 as long as
+// 2^14 * K <= 2^31 - 1, that is K <= 131071. Every partial sum then fits too, in any order.
+inline constexpr int64_t kMaxK = 131071;
+
+}  // namespace int8_ops

@@ -1,0 +1,278 @@
+// The body of every op, once for all devices: check, allocate, fill a params struct, run.
+//
+// A device supplies a policy type (see cpu/ops.cpp and cuda/ops.cpp):
+//   struct Policy {
+//     struct Guard { explicit Guard(const Tensor&); };   // makes the tensor's device current
+//     static ExecContext context(const Tensor&);         // device index and current stream
+//     static void quantize(const QuantizeParams&);
+//     static void dequantize(const DequantizeParams&);
+//     static int64_t matmul_workspace_bytes(const MatmulParams&);
+//     static void matmul(const MatmulParams&);
+//   };
+// Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+
+namespace int8_ops {
+
+// An uninitialised contiguous tensor beside `like`. Calls the C shim directly: the dispatcher's
+// lookup by name would cost more than the allocation.
+inline Tensor empty_on_device_of(const Tensor& like, const std::vector<int64_t>& sizes,
+                                 ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline std::vector<int64_t> sizes_with_last(const Tensor& t, int64_t last) {
+  const auto sizes = t.sizes();
+  std::vector<int64_t> out(sizes.begin(), sizes.end());
+  out.back() = last;
+  return out;
+}
+
+template <typename Policy>
+struct OpImpl {
+  static std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
+    constexpr const char* kOp = "quantize_per_token";
+    const RowsCols shape = rows_cols(kOp, "x", x);
+    const DType dtype = float_dtype(kOp, "x", x.scalar_type());
+    typename Policy::Guard guard(x);
+    const Tensor x_c = as_contiguous(x);
+    Tensor q = empty_on_device_of(x, sizes_with_last(x, shape.cols), ScalarType::Char);
+    Tensor scale = empty_on_device_of(x, sizes_with_last(x, 1), ScalarType::Float);
+    run_quantize(x_c, dtype, q, scale, shape, /*scale_per_col=*/false);
+    return {q, scale};
+  }
+
+  static std::tuple<Tensor, Tensor> quantize_per_channel(const Tensor& w, int64_t axis) {
+    constexpr const char* kOp = "quantize_per_channel";
+    INT8_OPS_CHECK(w.dim() == 2, kOp, ": expected w of shape [N, K], got ", shape_string(w));
+    INT8_OPS_CHECK(axis >= -2 && axis <= 1, kOp, ": expected axis 0 or 1 (or -2, -1), got ", axis);
+    const RowsCols shape = rows_cols(kOp, "w", w);
+    const DType dtype = float_dtype(kOp, "w", w.scalar_type());
+    const bool per_col = axis == 1 || axis == -1;
+    INT8_OPS_CHECK(!per_col || shape.rows > 0, kOp,
+                   ": expected at least one row for scales a column, got ", shape_string(w));
+    typename Policy::Guard guard(w);
+    const Tensor w_c = as_contiguous(w);
+    Tensor q = empty_on_device_of(w, {shape.rows, shape.cols}, ScalarType::Char);
+    Tensor scale =
+        per_col ? empty_on_device_of(w, {1, shape.cols}, ScalarType::Float)
+                : empty_on_device_of(w, {shape.rows, 1}, ScalarType::Float);
+    run_quantize(w_c, dtype, q, scale, shape, per_col);
+    return {q, scale};
+  }
+
+  static Tensor dequantize(const Tensor& q, const Tensor& scale, ScalarType dtype) {
+    constexpr const char* kOp = "dequantize";
+    check_dtype(kOp, "q", q, ScalarType::Char);
+    check_dtype(kOp, "scale", scale, ScalarType::Float);
+    check_same_device(kOp, "scale", scale, q, "q");
+    const RowsCols shape = rows_cols(kOp, "q", q);
+    DequantizeParams p;
+    p.out_dtype = float_dtype(kOp, "dtype", dtype);
+    p.scale_per_col = check_dequantize_scale(kOp, q, scale);
+    typename Policy::Guard guard(q);
+    const Tensor q_c = as_contiguous(q);
+    const Tensor scale_c = as_contiguous(scale);
+    Tensor out = empty_on_device_of(q, sizes_with_last(q, shape.cols), dtype);
+    p.q = q_c.const_data_ptr<int8_t>();
+    p.scale = scale_c.const_data_ptr<float>();
+    p.out = out.mutable_data_ptr();
+    p.rows = shape.rows;
+    p.cols = shape.cols;
+    p.ctx = Policy::context(q);
+    if (p.rows > 0) Policy::dequantize(p);
+    return out;
+  }
+
+  static Tensor int8_mm(const Tensor& a, const Tensor& w) {
+    constexpr const char* kOp = "int8_mm";
+    const MatmulShape shape = check_matmul_shape(kOp, "a", a, w);
+    check_dtype(kOp, "a", a, ScalarType::Char);
+    typename Policy::Guard guard(a);
+    const Tensor a_c = as_contiguous(a);
+    const Tensor w_c = as_contiguous(w);
+    Tensor out = empty_on_device_of(a, sizes_with_last(a, shape.n), ScalarType::Int);
+    MatmulParams p = matmul_params(shape, w_c, out, DType::kInt32);
+    p.a = a_c.const_data_ptr<int8_t>();
+    run_matmul(p, out);
+    return out;
+  }
+
+  static Tensor int8_scaled_mm(const Tensor& a, const Tensor& w, const Tensor& a_scale,
+                               const Tensor& w_scale, const std::optional<Tensor>& bias,
+                               ScalarType out_dtype) {
+    constexpr const char* kOp = "int8_scaled_mm";
+    const MatmulShape shape = check_matmul_shape(kOp, "a", a, w);
+    check_dtype(kOp, "a", a, ScalarType::Char);
+    check_a_scale(kOp, a_scale, a);
+    check_w_scale(kOp, w_scale, w);
+    check_bias(kOp, bias, w);
+    const DType out_type = float_dtype(kOp, "out_dtype", out_dtype);
+    typename Policy::Guard guard(a);
+    const Tensor a_c = as_contiguous(a);
+    const Tensor w_c = as_contiguous(w);
+    const Tensor a_scale_c = as_contiguous(a_scale);
+    const Epilogue epilogue(w_scale, bias);
+    Tensor out = empty_on_device_of(a, sizes_with_last(a, shape.n), out_dtype);
+    MatmulParams p = matmul_params(shape, w_c, out, out_type);
+    p.a = a_c.const_data_ptr<int8_t>();
+    p.a_scale = a_scale_c.const_data_ptr<float>();
+    epilogue.fill(p);
+    run_matmul(p, out);
+    return out;
+  }
+
+  static Tensor int8_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                            const std::optional<Tensor>& bias,
+                            std::optional<ScalarType> out_dtype) {
+    constexpr const char* kOp = "int8_linear";
+    const MatmulShape shape = check_matmul_shape(kOp, "x", x, w);
+    const DType x_type = float_dtype(kOp, "x", x.scalar_type());
+    check_w_scale(kOp, w_scale, w);
+    check_bias(kOp, bias, w);
+    const ScalarType out_scalar = out_dtype.value_or(x.scalar_type());
+    const DType out_type = float_dtype(kOp, "out_dtype", out_scalar);
+    typename Policy::Guard guard(x);
+    const Tensor x_c = as_contiguous(x);
+    const Tensor w_c = as_contiguous(w);
+    const Epilogue epilogue(w_scale, bias);
+    Tensor out = empty_on_device_of(x, sizes_with_last(x, shape.n), out_scalar);
+    if (shape.m == 0 || shape.n == 0) return out;
+
+    MatmulParams p = matmul_params(shape, w_c, out, out_type);
+    epilogue.fill(p);
+    // One allocation holds the quantized rows, their scales and the kernel's own workspace.
+    const int64_t q_bytes = align_up(shape.m * shape.k);
+    const int64_t scale_bytes = align_up(shape.m * static_cast<int64_t>(sizeof(float)));
+    const int64_t extra_bytes = Policy::matmul_workspace_bytes(p);
+    Tensor scratch =
+        empty_on_device_of(x, {q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
+    auto* base = static_cast<char*>(scratch.mutable_data_ptr());
+
+    QuantizeParams quantize;
+    quantize.x = x_c.const_data_ptr();
+    quantize.x_dtype = x_type;
+    quantize.q = reinterpret_cast<int8_t*>(base);
+    quantize.scale = reinterpret_cast<float*>(base + q_bytes);
+    quantize.rows = shape.m;
+    quantize.cols = shape.k;
+    quantize.ctx = p.ctx;
+    Policy::quantize(quantize);
+
+    p.a = quantize.q;
+    p.a_scale = quantize.scale;
+    p.workspace = extra_bytes > 0 ? base + q_bytes + scale_bytes : nullptr;
+    Policy::matmul(p);
+    return out;
+  }
+
+ private:
+  static constexpr int64_t align_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+  // Scale and bias made contiguous, kept alive while the kernel is launched.
+  struct Epilogue {
+    Epilogue(const Tensor& w_scale_in, const std::optional<Tensor>& bias_in)
+        : w_scale(as_contiguous(w_scale_in)) {
+      if (bias_in.has_value()) bias = as_contiguous(*bias_in);
+    }
+    void fill(MatmulParams& p) const {
+      p.w_scale = w_scale.template const_data_ptr<float>();
+      if (!bias.has_value()) return;
+      p.bias = bias->const_data_ptr();
+      p.bias_dtype = float_dtype("bias", "bias", bias->scalar_type());
+    }
+    Tensor w_scale;
+    std::optional<Tensor> bias;
+  };
+
+  static MatmulParams matmul_params(const MatmulShape& shape, const Tensor& w, Tensor& out,
+                                    DType out_dtype) {
+    MatmulParams p;
+    p.w = w.const_data_ptr<int8_t>();
+    p.out = out.mutable_data_ptr();
+    p.out_dtype = out_dtype;
+    p.m = shape.m;
+    p.n = shape.n;
+    p.k = shape.k;
+    p.ctx = Policy::context(w);
+    return p;
+  }
+
+  static void run_matmul(MatmulParams& p, const Tensor& out) {
+    if (p.m == 0 || p.n == 0) return;
+    const int64_t bytes = Policy::matmul_workspace_bytes(p);
+    std::optional<Tensor> scratch;
+    if (bytes > 0) {
+      scratch = empty_on_device_of(out, {bytes}, ScalarType::Byte);
+      p.workspace = scratch->mutable_data_ptr();
+    }
+    Policy::matmul(p);
+  }
+
+  static void run_quantize(const Tensor& x, DType dtype, Tensor& q, Tensor& scale,
+                           const RowsCols& shape, bool per_col) {
+    if (shape.rows == 0) return;
+    QuantizeParams p;
+    p.x = x.const_data_ptr();
+    p.x_dtype = dtype;
+    p.q = q.mutable_data_ptr<int8_t>();
+    p.scale = scale.mutable_data_ptr<float>();
+    p.rows = shape.rows;
+    p.cols = shape.cols;
+    p.scale_per_col = per_col;
+    p.ctx = Policy::context(x);
+    Policy::quantize(p);
+  }
+
+  // True when the scale stands for a column. [..., 1] is a scale a row; [1, ..., 1, K] a column.
+  static bool check_dequantize_scale(const char* op, const Tensor& q, const Tensor& scale) {
+    const int64_t last = q.dim() - 1;
+    bool per_row = scale.dim() == q.dim() && scale.size(last) == 1;
+    bool per_col = scale.dim() == q.dim() && scale.size(last) == q.size(last);
+    for (int64_t i = 0; i < last && scale.dim() == q.dim(); ++i) {
+      per_row = per_row && scale.size(i) == q.size(i);
+      per_col = per_col && scale.size(i) == 1;
+    }
+    INT8_OPS_CHECK(per_row || per_col, op,
+                   ": expected scale of q's shape with a last dimension of 1 (a scale a row) or "
+                   "with every dimension but the last of 1 (a scale a column), got scale ",
+                   shape_string(scale), " for q ", shape_string(q));
+    return !per_row;
+  }
+};
+
+// Registers every op of a device module; Policy as above.
+#define INT8_OPS_REGISTER_IMPLS(m, Policy)                                            \
+  m.impl("quantize_per_token", TORCH_BOX(&OpImpl<Policy>::quantize_per_token));       \
+  m.impl("quantize_per_channel", TORCH_BOX(&OpImpl<Policy>::quantize_per_channel));   \
+  m.impl("dequantize", TORCH_BOX(&OpImpl<Policy>::dequantize));                       \
+  m.impl("int8_mm", TORCH_BOX(&OpImpl<Policy>::int8_mm));                             \
+  m.impl("int8_scaled_mm", TORCH_BOX(&OpImpl<Policy>::int8_scaled_mm));               \
+  m.impl("int8_linear", TORCH_BOX(&OpImpl<Policy>::int8_linear))
+
+}  // namespace int8_ops

@@ -1,0 +1,52 @@
+// The CPU implementations: torch's thread pool around the kernel table of cpu/dispatch.h.
+#include <torch/csrc/stable/library.h>
+
+#include "../common/op_impl.h"
+#include "dispatch.h"
+
+namespace int8_ops::cpu {
+namespace {
+
+// Enough work a task that the pool's hand-over is small beside it.
+constexpr int64_t kMinElementsPerTask = 16 * 1024;
+
+int64_t grain(int64_t elements_per_index) {
+  return elements_per_index >= kMinElementsPerTask ? 1 : kMinElementsPerTask / elements_per_index;
+}
+
+struct CpuPolicy {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+  static ExecContext context(const Tensor&) { return {}; }
+
+  static void quantize(const QuantizeParams& p) {
+    const KernelTable& table = kernels();
+    const auto run = p.scale_per_col ? table.quantize_cols : table.quantize_rows;
+    torch::stable::parallel_for(0, p.scale_per_col ? p.cols : p.rows,
+                                grain(p.scale_per_col ? p.rows : p.cols),
+                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  }
+
+  static void dequantize(const DequantizeParams& p) {
+    const auto run = kernels().dequantize_rows;
+    torch::stable::parallel_for(0, p.rows, grain(p.cols),
+                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  }
+
+  static int64_t matmul_workspace_bytes(const MatmulParams&) { return 0; }
+
+  static void matmul(const MatmulParams& p) {
+    const auto run = kernels().matmul_cols;
+    torch::stable::parallel_for(0, p.n, grain(p.m * p.k),
+                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  }
+};
+
+}  // namespace
+}  // namespace int8_ops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(int8_ops, CPU, m) {
+  using namespace int8_ops;
+  INT8_OPS_REGISTER_IMPLS(m, cpu::CpuPolicy);
+}
