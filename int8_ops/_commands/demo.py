@@ -234,7 +234,7 @@ def generate(loaded: hf.LoadedModel, variants: list[Variant], prompt: Tensor, co
 def report(variants: list[Variant], tokens: int, predicted: int) -> str:
     """The table: one line a variant."""
     original = variants[0]
-    weights = sum(module.weight.numel() for module in original.modules.values())
+    numbers = sum(p.numel() for module in original.modules.values() for p in module.parameters())
     base = math.exp(original.nll / predicted)
     rows = []
     for variant in variants:
@@ -250,7 +250,7 @@ def report(variants: list[Variant], tokens: int, predicted: int) -> str:
                 f"{100 * (perplexity / base - 1):+.2f} %",
                 f"{variant.cosine / tokens:.6f}",
                 f"{held:,}",
-                f"{held / (2 * weights):.2f}x",
+                f"{held / (2 * numbers):.2f}x",
                 speed,
                 variant.answer,
             ]
