@@ -210,10 +210,10 @@ void pack_panel(const MatmulParams& p, const MatmulPlan& plan, Range cols, char*
   }
 }
 
-// A row block of kRows rows times one sliver, over all of K, then the epilogue.
+// A row block of kRows rows times one sliver, over all of K, into sums [kRows, kTileCols]. Only the
+// sums leave the registers: with the epilogue in this function GCC spills the accumulators.
 template <typename V, int kRows>
-void register_tile(const MatmulParams& p, const char* block, int64_t row, const char* sliver,
-                   Range cols) {
+void register_tile(const char* block, const char* sliver, int64_t steps, int32_t* sums) {
   using Int = typename V::Int;
   constexpr int kVecs = V::kTileCols / V::kLanes;
   const auto* start = reinterpret_cast<const int32_t*>(block);
@@ -224,40 +224,52 @@ void register_tile(const MatmulParams& p, const char* block, int64_t row, const 
     for (int v = 0; v < kVecs; ++v) acc[i][v] = V::broadcast_int(start[i]);
   }
   const char* a = block + kBlockHeaderBytes;
-  const char* w = sliver;
-  const int64_t steps = (p.k + V::kGroup - 1) / V::kGroup;
   for (int64_t s = 0; s < steps; ++s) {
-    Int w_vec[kVecs];
+    Int w[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) w_vec[v] = V::load_ints(w + v * V::kLanes * 4);
+    for (int v = 0; v < kVecs; ++v) w[v] = V::load_ints(sliver + v * V::kLanes * 4);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Int a_group = V::broadcast_group(a + i * 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = V::dot(acc[i][v], w_vec[v], a_group);
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = V::dot(acc[i][v], w[v], a_group);
     }
     a += kRows * 4;
-    w += V::kTileCols * 4;
+    sliver += V::kTileCols * 4;
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t col = cols.begin + v * V::kLanes;
-    if (col >= cols.end) break;
-    const int64_t left = cols.end - col;
-    const Epilogue<V> epilogue(p, col, left < V::kLanes ? left : V::kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) epilogue.store(row + i, acc[i][v]);
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      V::store_ints(sums + i * V::kTileCols + v * V::kLanes, acc[i][v]);
+    }
   }
 }
 
 // Calls register_tile for `rows` in kTileMinRows..kRows.
 template <typename V, int kRows>
-void tile_rows(int64_t rows, const MatmulParams& p, const char* block, int64_t row,
-               const char* sliver, Range cols) {
+void tile_rows(int64_t rows, const char* block, const char* sliver, int64_t steps, int32_t* sums) {
   if constexpr (kRows > V::kTileMinRows) {
-    if (rows < kRows) return tile_rows<V, kRows - 1>(rows, p, block, row, sliver, cols);
+    if (rows < kRows) return tile_rows<V, kRows - 1>(rows, block, sliver, steps, sums);
   }
-  register_tile<V, kRows>(p, block, row, sliver, cols);
+  register_tile<V, kRows>(block, sliver, steps, sums);
+}
+
+// One row block times the columns of a sliver, to out.
+template <typename V>
+void block_times_sliver(const MatmulParams& p, Range rows, const char* block, Range cols,
+                        const char* sliver) {
+  alignas(64) int32_t sums[V::kTileRows * V::kTileCols];
+  const int64_t steps = (p.k + V::kGroup - 1) / V::kGroup;
+  tile_rows<V, V::kTileRows>(rows.end - rows.begin, block, sliver, steps, sums);
+  for (int64_t col = cols.begin; col < cols.end; col += V::kLanes) {
+    const int64_t left = cols.end - col;
+    const Epilogue<V> epilogue(p, col, left < V::kLanes ? left : V::kLanes);
+    const int32_t* from = sums + (col - cols.begin);
+    for (int64_t row = rows.begin; row < rows.end; ++row, from += V::kTileCols) {
+      epilogue.store(row, V::load_ints(from));
+    }
+  }
 }
 
 template <typename V>
@@ -279,8 +291,7 @@ void matmul_task(const MatmulParams& p, const MatmulPlan& plan, int64_t task) {
       const char* sliver = panel;
       for (int64_t c = col; c < panel_end; c += V::kTileCols) {
         const int64_t c_end = c + V::kTileCols < panel_end ? c + V::kTileCols : panel_end;
-        tile_rows<V, V::kTileRows>(rows.end - rows.begin, p, block_at(p, plan, b), rows.begin,
-                                   sliver, {c, c_end});
+        block_times_sliver<V>(p, rows, block_at(p, plan, b), {c, c_end}, sliver);
         sliver += plan.sliver_bytes;
       }
     }
