@@ -14,42 +14,46 @@
 namespace int8_ops::cpu {
 namespace {
 
-// out = round((float(acc) * a_scale) * w_scale + bias) for one vector of columns; int32: acc itself.
-template <typename V>
-class Epilogue {
- public:
-  using Int = typename V::Int;
+// The epilogue of one vector of columns, [col, col + count), down some rows: sums[i * sum_stride] is
+// the vector of row rows.begin + i. out = round((float(acc) * a_scale) * w_scale + bias).
+template <typename V, DType kOut>
+void scale_and_store(const MatmulParams& p, Range rows, int64_t col, int64_t count,
+                     const int32_t* sums, int64_t sum_stride) {
   using Float = typename V::Float;
-
-  Epilogue(const MatmulParams& p, int64_t col, int64_t count) : p_(p), col_(col), count_(count) {
-    if (p.out_dtype == DType::kInt32) return;
-    w_scale_ = load_floats<V, DType::kFloat32>(p.w_scale, col, count);
-    if (p.bias == nullptr) return;
-    with_float_dtype(p.bias_dtype, [&](auto dtype) {
-      bias_ = load_floats<V, decltype(dtype)::value>(p.bias, col, count);
-    });
-  }
-
-  void store(int64_t row, Int acc) const {
-    const int64_t at = row * p_.n + col_;
-    if (p_.out_dtype == DType::kInt32) {
-      store_ints<V>(static_cast<int32_t*>(p_.out) + at, count_, acc);
-      return;
+  const Float w_scale = load_floats<V, DType::kFloat32>(p.w_scale, col, count);
+  const auto each_row = [&](auto finish) __attribute__((always_inline)) {
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += sum_stride) {
+      const Float acc = V::to_float(V::load_ints(sums));
+      const Float y = V::mul(V::mul(acc, V::broadcast(p.a_scale[row])), w_scale);
+      store_floats<V, kOut>(p.out, row * p.n + col, count, finish(y));
     }
-    Float y = V::mul(V::mul(V::to_float(acc), V::broadcast(p_.a_scale[row])), w_scale_);
-    if (p_.bias != nullptr) y = V::add(y, bias_);
-    with_float_dtype(p_.out_dtype, [&](auto dtype) {
-      store_floats<V, decltype(dtype)::value>(p_.out, at, count_, y);
-    });
+  };
+  if (p.bias == nullptr) {
+    each_row([](Float y) __attribute__((always_inline)) { return y; });
+    return;
   }
+  Float bias = V::zero_float();
+  with_float_dtype(p.bias_dtype, [&](auto dtype) {
+    bias = load_floats<V, decltype(dtype)::value>(p.bias, col, count);
+  });
+  each_row([&](Float y) __attribute__((always_inline)) { return V::add(y, bias); });
+}
 
- private:
-  const MatmulParams& p_;
-  int64_t col_;
-  int64_t count_;
-  Float w_scale_ = V::zero_float();
-  Float bias_ = V::zero_float();
-};
+// The same, or the sums themselves where out is int32.
+template <typename V>
+void store_columns(const MatmulParams& p, Range rows, int64_t col, int64_t count,
+                   const int32_t* sums, int64_t sum_stride) {
+  if (p.out_dtype == DType::kInt32) {
+    auto* out = static_cast<int32_t*>(p.out);
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += sum_stride) {
+      store_ints<V>(out + row * p.n + col, count, V::load_ints(sums));
+    }
+    return;
+  }
+  with_float_dtype(p.out_dtype, [&](auto dtype) {
+    scale_and_store<V, decltype(dtype)::value>(p, rows, col, count, sums, sum_stride);
+  });
+}
 
 // What an accumulator must start from so that the sum of a * (w + kWeightOffset) ends as a * w.
 // Modulo 2^32: the final sum fits into int32, so wrapping on the way is harmless.
@@ -139,10 +143,7 @@ void matmul_dot(const MatmulParams& p, int64_t begin, int64_t end) {
       for (int j = 0; j < V::kLanes; ++j) w[j] = p.w + (col + (j < count ? j : count - 1)) * p.k;
       alignas(64) int32_t sums[V::kDotRows * V::kLanes];
       dot_rows<V, V::kDotRows>(rows, a, w, p.k, start, sums);
-      const Epilogue<V> epilogue(p, col, count);
-      for (int64_t i = 0; i < rows; ++i) {
-        epilogue.store(row + i, V::load_ints(sums + i * V::kLanes));
-      }
+      store_columns<V>(p, {row, row + rows}, col, count, sums, V::kLanes);
     }
   }
 }
@@ -264,11 +265,8 @@ void block_times_sliver(const MatmulParams& p, Range rows, const char* block, Ra
   tile_rows<V, V::kTileRows>(rows.end - rows.begin, block, sliver, steps, sums);
   for (int64_t col = cols.begin; col < cols.end; col += V::kLanes) {
     const int64_t left = cols.end - col;
-    const Epilogue<V> epilogue(p, col, left < V::kLanes ? left : V::kLanes);
-    const int32_t* from = sums + (col - cols.begin);
-    for (int64_t row = rows.begin; row < rows.end; ++row, from += V::kTileCols) {
-      epilogue.store(row, V::load_ints(from));
-    }
+    store_columns<V>(p, rows, col, left < V::kLanes ? left : V::kLanes, sums + (col - cols.begin),
+                     V::kTileCols);
   }
 }
 
