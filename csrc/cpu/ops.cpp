@@ -29,17 +29,37 @@ struct CpuPolicy {
   }
 
   static void dequantize(const DequantizeParams& p) {
-    const auto run = kernels().dequantize_rows;
-    torch::stable::parallel_for(0, p.rows, grain(p.cols),
+    const auto run = kernels().dequantize;
+    torch::stable::parallel_for(0, p.rows * p.cols, kMinElementsPerTask,
                                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
 
-  static int64_t matmul_workspace_bytes(const MatmulParams&) { return 0; }
+  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
+    return plan(p).workspace_bytes;
+  }
 
   static void matmul(const MatmulParams& p) {
-    const auto run = kernels().matmul_cols;
-    torch::stable::parallel_for(0, p.n, grain(p.m * p.k),
-                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    const KernelTable& table = kernels();
+    const MatmulPlan how = plan(p);
+    if (!how.packed) {
+      torch::stable::parallel_for(0, how.tasks, 1, [&](int64_t begin, int64_t end) {
+        table.matmul_dot(p, part_of(p.n, how.tasks, begin).begin,
+                         part_of(p.n, how.tasks, end).begin);
+      });
+      return;
+    }
+    const int64_t blocks_per_task = (how.row_blocks + how.tasks - 1) / how.tasks;
+    torch::stable::parallel_for(
+        0, how.row_blocks, blocks_per_task,
+        [&](int64_t begin, int64_t end) { table.pack_row_blocks(p, how, begin, end); });
+    torch::stable::parallel_for(0, how.tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) table.matmul_task(p, how, task);
+    });
+  }
+
+ private:
+  static MatmulPlan plan(const MatmulParams& p) {
+    return plan_matmul(p.m, p.n, p.k, kernels().tile, torch::stable::get_num_threads());
   }
 };
 
