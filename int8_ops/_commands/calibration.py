@@ -10,6 +10,7 @@ gradient in the moment gives weight to the few tokens that every other token att
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,22 +69,36 @@ def weighted_moments(
     return moments
 
 
-@torch.no_grad()
-def low_rank(linear: nn.Linear, rank: int, moment: Tensor | None, backend: str) -> ALRDLinearINT8:
-    """``linear`` as two factors of ``rank``, cut in the basis of ``moment [in, in]``, in float64.
+@dataclass(frozen=True)
+class Factors:
+    """``W = left @ diag(spectrum) @ right`` in float64, most important direction first."""
 
-    Without a moment, the plain SVD of the weight is cut.
+    left: Tensor
+    spectrum: Tensor
+    right: Tensor
+
+
+@torch.no_grad()
+def factorize(weight: Tensor, moment: Tensor | None) -> Factors:
+    """``weight [out, in]`` factored in the basis of ``moment [in, in]``.
+
+    Without a moment, this is the plain SVD of the weight.
     """
+    weight = weight.double()
     if moment is None:
-        return ALRDLinearINT8.from_linear(linear, rank, backend=backend)
+        return Factors(*torch.linalg.svd(weight, full_matrices=False))
     moment = moment.double()
     moment = moment / moment.diagonal().mean()
     moment.diagonal().add_(DAMPING)
     values, vectors = torch.linalg.eigh(moment)
     root = values.clamp_min(DAMPING).sqrt()
-    weight = linear.weight.detach().double()
-    u, spectrum, vh = torch.linalg.svd((weight @ vectors) * root, full_matrices=False)
-    shared = spectrum[:rank].sqrt()
+    left, spectrum, right = torch.linalg.svd((weight @ vectors) * root, full_matrices=False)
+    return Factors(left, spectrum, (right / root) @ vectors.t())
+
+
+@torch.no_grad()
+def low_rank(linear: nn.Linear, factors: Factors, rank: int, backend: str) -> ALRDLinearINT8:
+    """``linear`` cut to ``rank``; each side takes the square root of the spectrum."""
     layer = ALRDLinearINT8(
         linear.in_features,
         linear.out_features,
@@ -93,8 +108,10 @@ def low_rank(linear: nn.Linear, rank: int, moment: Tensor | None, backend: str) 
         device=linear.weight.device,
         dtype=linear.weight.dtype,
     )
-    layer.ALinear.weight.copy_(u[:, :rank] * shared)
-    layer.BLinear.weight.copy_((shared[:, None] * vh[:rank] / root) @ vectors.t())
+    root = factors.spectrum[:rank].sqrt()
+    layer.ALinear.weight.copy_(factors.left[:, :rank] * root)
+    layer.BLinear.weight.copy_(root[:, None] * factors.right[:rank])
     if linear.bias is not None:
         layer.ALinear.bias.copy_(linear.bias)
+    layer.prepare_int8_weights(keep_float=False)
     return layer
