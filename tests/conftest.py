@@ -43,7 +43,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def backend_on(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
     """A backend that this machine has, and a device it runs on."""
     name, kind = request.param
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    device = (
+        torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    )
     reason = int8_ops.backends.unavailable_reason(name, device)
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")

@@ -148,7 +148,7 @@ def test_auto_order_on_cuda(monkeypatch):
 def test_a_named_backend_is_refused_never_replaced():
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used on cpu: it takes cuda"):
         int8_ops.backend_for("cpu", "cuda")
-    with pytest.raises(RuntimeError, match="'torch' cannot be used on cpu: .*CUDA only"):
+    with pytest.raises(RuntimeError, match=r"'torch' cannot be used on cpu: .*CUDA only"):
         int8_ops.backend_for("cpu", "torch")
     with pytest.raises(ValueError, match="unknown backend 'cutlass': expected one of auto, cuda"):
         int8_ops.backend_for("cpu", "cutlass")

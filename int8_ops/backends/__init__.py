@@ -240,6 +240,9 @@ def quantize_per_channel(w: Tensor, axis: int, backend: str) -> tuple[Tensor, Te
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that torch.autocast asks for on that device type; None outside autocast."""
+    # torch raises for a device type that has no autocast, such as meta.
+    if device_type not in NATIVE and not torch.amp.is_autocast_available(device_type):
+        return None
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
