@@ -25,7 +25,7 @@ def test_named_cases(backend_on, category):
         cases.check(module, case, device)
 
 
-def test_random_cases(backend_on):
+def test_random_cases(backend_on, one_thread):
     name, device = backend_on
     module = backends.select(name, device)
     for case in cases.random_cases(RANDOM_CASES):
@@ -165,7 +165,7 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
     assert "triton" in reason
 
 
-def test_int_mm_is_padded_within_its_limits(monkeypatch):
+def test_int_mm_is_padded_within_its_limits(monkeypatch, one_thread):
     calls = []
 
     def strict_int_mm(a, b):
