@@ -255,3 +255,6 @@ def test_without_the_cuda_module_the_reason_is_given():
     reason = int8_ops.available_backends()["cuda"]
     assert reason is not None
     assert "built without CUDA kernels" in reason or "could not be loaded" in reason
+    # The dispatcher would print a table of its keys; these print the reason.
+    for name in _extension.OP_NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"int8_ops::{name}", "CUDA")

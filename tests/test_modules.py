@@ -795,19 +795,19 @@ def test_the_public_names_are_the_contract():
     assert all(hasattr(int8_ops, name) for name in int8_ops.__all__)
 
 
-def test_a_call_without_gradient_does_not_enter_autograd(monkeypatch):
+def test_a_call_without_gradient_stays_below_autograd(monkeypatch):
     layer = INT8Linear(torch.randn(6, 8))
     x = torch.randn(1, 8)
-    layer(x)
-    below = []
-    original = backends.native._BelowAutograd
 
-    def counting():
-        below.append(1)
-        return original()
+    def refuse(*arguments):
+        raise AssertionError("an autograd.Function ran where no gradient was wanted")
 
-    monkeypatch.setattr(backends.native, "_BelowAutograd", counting)
-    layer(x)
-    assert below == [1]
-    layer(x.requires_grad_())
-    assert below == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(backends._Linear, "apply", refuse)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert layer(x).grad_fn is None
+        names = [event.name for event in profile.events()]
+        assert names.count("int8_ops::int8_linear") == 1
+        with torch.no_grad():
+            layer(x.clone().requires_grad_())
+    assert layer(x.requires_grad_()).grad_fn is not None
