@@ -6,7 +6,7 @@
 // other unit runs on any machine of the architecture. The linker keeps one copy of an inline function
 // or template that several units emit, and it may be the one compiled for AVX-512. So these units
 // share no such code with others: their templates stand in anonymous namespaces, and they call no
-// inline function of the standard library or of common/*.h at run time.
+// inline function of a shared header at run time, unless it is always_inline.
 #pragma once
 
 #include <string>

@@ -24,7 +24,7 @@ struct Avx2 {
   static constexpr int kTileCols = 16;
   static constexpr int kDotRows = 2;
   static constexpr int kDotColsOneRow = 4;
-  static constexpr int kDotMaxRows = 4;
+  static constexpr int kDotMaxRows = 6;
 
   static Int zero() { return _mm256_setzero_si256(); }
   static Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }

@@ -25,7 +25,7 @@ struct Avx512Vnni {
   static constexpr int kTileCols = 32;
   static constexpr int kDotRows = 4;
   static constexpr int kDotColsOneRow = 8;
-  static constexpr int kDotMaxRows = 8;
+  static constexpr int kDotMaxRows = 12;
 
   static Int zero() { return _mm512_setzero_si512(); }
   static Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
