@@ -18,8 +18,8 @@ struct Avx512Vnni {
   static constexpr int kGroup = 4;
   static constexpr int kChunk = 64;
   static constexpr int kWeightOffset = 128;
-  // 12 x 2 accumulators, 2 vectors of w and a broadcast of a fill 27 of 32 registers; 24 independent
-  // chains cover vpdpbusd's latency of 4 or 5.
+  // 12 x 2 accumulators, 2 vectors of w and a broadcast of a fill 27 of 32 registers; 24
+  // independent chains cover vpdpbusd's latency of 4 or 5.
   static constexpr int kTileRows = 12;
   static constexpr int kTileMinRows = 6;
   static constexpr int kTileCols = 32;
