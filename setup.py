@@ -180,7 +180,12 @@ NVCC_FLAGS = [
 CPU_ISA_FLAGS = {
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mf16c"],
     "csrc/cpu/avx512_vnni.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c"),
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mf16c",
         # GCC's own AVX-512 headers trip it: their "undefined" vectors are uninitialised on purpose.
         "-Wno-maybe-uninitialized",
     ],

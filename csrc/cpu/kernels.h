@@ -1,8 +1,9 @@
 // The table of CPU kernels, one an instruction set. A kernel works on a range of an index space so
 // that ops.cpp can hand ranges to torch's thread pool; nothing here includes torch.
 //
-// Assumed of the caller's floating-point state: round to nearest even, which is the default of every
-// thread. Flushing of subnormals (torch.set_flush_denormal) acts here as it does in torch itself.
+// Assumed of the caller's floating-point state: round to nearest even, which is the default of
+// every thread. Flushing of subnormals (torch.set_flush_denormal) acts here as it does in torch
+// itself.
 #pragma once
 
 #include "../common/params.h"

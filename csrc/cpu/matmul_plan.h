@@ -50,7 +50,7 @@ struct Range {
   int64_t begin;
   int64_t end;
 };
-constexpr Range part_of(int64_t total, int64_t parts, int64_t index) {
+[[gnu::always_inline]] constexpr Range part_of(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 

@@ -7,8 +7,9 @@
 namespace int8_ops::cpu {
 namespace {
 
-// Enough work a task that the pool's hand-over is small beside it.
-constexpr int64_t kMinElementsPerTask = 16 * 1024;
+// Enough elements to quantize, dequantize or pack (a few a nanosecond) that waking a thread for
+// them is small beside the work.
+constexpr int64_t kMinElementsPerTask = 32 * 1024;
 
 int64_t grain(int64_t elements_per_index) {
   return elements_per_index >= kMinElementsPerTask ? 1 : kMinElementsPerTask / elements_per_index;
@@ -48,9 +49,8 @@ struct CpuPolicy {
       });
       return;
     }
-    const int64_t blocks_per_task = (how.row_blocks + how.tasks - 1) / how.tasks;
     torch::stable::parallel_for(
-        0, how.row_blocks, blocks_per_task,
+        0, how.row_blocks, grain(p.k * p.m / how.row_blocks),
         [&](int64_t begin, int64_t end) { table.pack_row_blocks(p, how, begin, end); });
     torch::stable::parallel_for(0, how.tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) table.matmul_task(p, how, task);

@@ -41,8 +41,8 @@ uint16_t float_to_half_bits(float x) {
   // From 65520 on, halfway between the largest half and 2^16, all rounds to infinity.
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
   if (magnitude < 0x38800000) {
-    // Below 2^-14 a half has steps of 2^-24, which are float32's own steps in [0.5, 1): the addition
-    // rounds to them, and the step count is left in the low bits.
+    // Below 2^-14 a half has steps of 2^-24, which are float32's own steps in [0.5, 1): the
+    // addition rounds to them, and the step count is left in the low bits.
     return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5F) -
                                          float_to_bits(0.5F)));
   }

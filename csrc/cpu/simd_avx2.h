@@ -24,7 +24,7 @@ struct Avx2 {
   static constexpr int kTileCols = 16;
   static constexpr int kDotRows = 2;
   static constexpr int kDotColsOneRow = 4;
-  static constexpr int kDotMaxRows = 4;
+  static constexpr int kDotMaxRows = 6;
 
   static Int zero() { return _mm256_setzero_si256(); }
   static Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
@@ -50,8 +50,8 @@ struct Avx2 {
       __builtin_memcpy(buffer, row, count);
       return operand(buffer);
     }
-    // The last kChunk bytes of the row, shifted down to the `count` that are wanted: a shuffle index
-    // with its top bit set gives 0.
+    // The last kChunk bytes of the row, shifted down to the `count` that are wanted: a shuffle
+    // index with its top bit set gives 0.
     alignas(16) static constexpr int8_t kIndices[2 * kChunk] = {
         0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};

@@ -18,14 +18,14 @@ struct Avx512Vnni {
   static constexpr int kGroup = 4;
   static constexpr int kChunk = 64;
   static constexpr int kWeightOffset = 128;
-  // 12 x 2 accumulators, 2 vectors of w and a broadcast of a fill 27 of 32 registers; 24 independent
-  // chains cover vpdpbusd's latency of 4 or 5.
+  // 12 x 2 accumulators, 2 vectors of w and a broadcast of a fill 27 of 32 registers; 24
+  // independent chains cover vpdpbusd's latency of 4 or 5.
   static constexpr int kTileRows = 12;
   static constexpr int kTileMinRows = 6;
   static constexpr int kTileCols = 32;
   static constexpr int kDotRows = 4;
   static constexpr int kDotColsOneRow = 8;
-  static constexpr int kDotMaxRows = 8;
+  static constexpr int kDotMaxRows = 12;
 
   static Int zero() { return _mm512_setzero_si512(); }
   static Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }

@@ -32,19 +32,20 @@ inline typename V::Float scale_from_magnitude(typename V::Int bits) {
   return V::nan_where_at_least(bits, kInfBits, usable);
 }
 
-// rint(RN(x / scale)), 0 where scale is NaN. |x| <= amax bounds it by 127: RN(amax / RN(amax / 127))
-// is at most 127 * (1 + 2^-22). With scale 1 for a vanishing line, x / scale rounds to 0 as it must.
+// rint(RN(x / scale)), 0 where scale is NaN. |x| <= amax bounds it by 127: RN(amax / RN(amax /
+// 127)) is at most 127 * (1 + 2^-22). With scale 1 for a vanishing line, x / scale rounds to 0 as
+// it must.
 template <typename V>
 inline typename V::Int quantize_exact(typename V::Float x, typename V::Float scale) {
   return V::zero_where_nan(V::to_int(V::round(V::div(x, scale))), scale);
 }
 
 // Note [Quantize by reciprocal]
-// r = RN(x * RN(1 / scale)) differs from x / scale by less than 2^-22.9 of it, RN(x / scale) by less
-// than 2^-23.9; as |x / scale| < 128 the two are less than 2^-15 apart. So unless r lies that near to
-// a half both round to the same integer; a vector with such a value (0.2 % of them) is divided. The
-// bound used is 2^-14. scale is normal and at most 2^122, so its reciprocal is normal too, and a
-// product below the normal range is far from a half.
+// r = RN(x * RN(1 / scale)) differs from x / scale by less than 2^-22.9 of it, RN(x / scale) by
+// less than 2^-23.9; as |x / scale| < 128 the two are less than 2^-15 apart. So unless r lies that
+// near to a half both round to the same integer; a vector with such a value (0.2 % of them) is
+// divided. The bound used is 2^-14. scale is normal and at most 2^122, so its reciprocal is normal
+// too, and a product below the normal range is far from a half.
 template <typename V, DType kDType>
 void quantize_row(const void* x, int64_t first, int64_t count, int8_t* q, float* scale_out) {
   typename V::Int bits = V::zero();
@@ -53,7 +54,8 @@ void quantize_row(const void* x, int64_t first, int64_t count, int8_t* q, float*
     bits = max_magnitude<V>(bits, load_floats<V, kDType>(x, first + i, V::kLanes));
   }
   if (i < count) bits = max_magnitude<V>(bits, load_floats<V, kDType>(x, first + i, count - i));
-  const typename V::Float scale = scale_from_magnitude<V>(V::broadcast_int(V::horizontal_max(bits)));
+  const int32_t magnitude = V::horizontal_max(bits);
+  const typename V::Float scale = scale_from_magnitude<V>(V::broadcast_int(magnitude));
   *scale_out = V::first_lane(scale);
   if (*scale_out != *scale_out) {
     std::memset(q + first, 0, count);

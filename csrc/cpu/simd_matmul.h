@@ -14,8 +14,8 @@
 namespace int8_ops::cpu {
 namespace {
 
-// The epilogue of one vector of columns, [col, col + count), down some rows: sums[i * sum_stride] is
-// the vector of row rows.begin + i. out = round((float(acc) * a_scale) * w_scale + bias).
+// The epilogue of one vector of columns, [col, col + count), down some rows: sums[i * sum_stride]
+// is the vector of row rows.begin + i. out = round((float(acc) * a_scale) * w_scale + bias).
 template <typename V, DType kOut>
 void scale_and_store(const MatmulParams& p, Range rows, int64_t col, int64_t count,
                      const int32_t* sums, int64_t sum_stride) {
@@ -150,9 +150,9 @@ void matmul_dot(const MatmulParams& p, int64_t begin, int64_t end) {
 
 // ---- packed path ------------------------------------------------------------------------------
 
-// `rows` (at most kLanes) rows of src [rows, k] -> out[k / kGroup][lane], a group of 4 bytes a lane,
-// step_bytes from one k-group to the next. Writes whole vectors: of step_bytes shorter than a vector
-// the next step overwrites the overrun, and the last one's needs room behind it.
+// `rows` (at most kLanes) rows of src [rows, k] -> out[k / kGroup][lane], a group of 4 bytes a
+// lane, step_bytes from one k-group to the next. Writes whole vectors: of step_bytes shorter than a
+// vector the next step overwrites the overrun, and the last one's needs room behind it.
 template <typename V, bool kWeights>
 void pack_lanes(const int8_t* src, int64_t k, int64_t rows, char* out, int64_t step_bytes) {
   const int8_t* row[V::kLanes];
