@@ -1,0 +1,314 @@
+// The mma.sync GEMM kernel. One block computes one output tile (of one split of K):
+//
+//   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> int32 registers --> epilogue
+//
+// Note [Shared-memory layout]
+// A stage holds, for every K-warp, block_m rows of a and block_n rows of w, 128 bytes a row. A row is
+// eight 16-byte chunks; chunk c of a row lies at place c ^ key(row), so that the eight rows that one
+// ldmatrix phase reads fall into eight different bank groups.
+//   a: phases read eight neighbouring rows, key = row % 8.
+//   w: phases read rows 8 i + 2 j + {0, 1}, i = 0..3 (see below), key = 2 (row / 8 % 4) + row % 2.
+//
+// Note [Column order]
+// mma leaves lane 4 g + t with columns 2 t and 2 t + 1 of each n8 tile. Which rows of w make up a
+// tile is ours to choose: tile j of a group of 32 columns takes rows 8 i + 2 j + e for its columns
+// 2 i + e. The four tiles of a group then leave lane 4 g + t with columns 8 t .. 8 t + 7 of row g:
+// eight neighbours, stored 16 bytes at a time with no exchange between lanes.
+#pragma once
+
+#include "../../common/params.h"
+#include "../epilogue/scale_epilogue.cuh"
+#include "../heuristics/gemm_tiles.h"
+#include "../launch.cuh"
+#include "../ptx/cp_async.cuh"
+#include "../ptx/mma_s8.cuh"
+
+namespace int8_ops::cuda::sm80 {
+
+struct GemmArgs {
+  const int8_t* a;
+  const int8_t* w;
+  int32_t m;
+  int32_t n;
+  int32_t k;
+  int32_t m_tiles;
+  int32_t n_tiles;
+  int32_t k_blocks_per_split;
+  // Every row of a and w starts 16-byte aligned, so cp.async can move it.
+  bool aligned_rows;
+  ScaleEpilogue epilogue;
+};
+
+// Sixteen bytes of a row that starts at any address, of which `valid` exist; the rest are zeros.
+__device__ __forceinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
+                                                  int32_t valid) {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < valid) {
+      const auto byte = static_cast<uint8_t>(__ldg(global + i));
+      words[i / 4] |= static_cast<uint32_t>(byte) << (8 * (i % 4));
+    }
+  }
+  *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <GemmTile kTile>
+struct GemmKernel {
+  static constexpr int kRowBytes = GemmTile::kRowBytes;
+  static constexpr int kChunksPerRow = kRowBytes / 16;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kRowsPerPass = kThreads / kChunksPerRow;
+  static constexpr int kMTiles = kTile.warp_m() / 16;
+  static constexpr int kGroups = kTile.warp_n() / 32;  // groups of four n8 tiles
+  static constexpr int kSteps = kRowBytes / 32;        // k32 steps of a row
+  static constexpr int kABytes = kTile.block_m * kTile.block_k();
+
+  static_assert(kTile.warp_m() % 16 == 0 && kTile.warp_n() % 32 == 0,
+                "a warp computes whole m16 tiles and whole groups of 32 columns");
+  static_assert(kTile.block_m * kTile.warps_k % kRowsPerPass == 0 &&
+                    kTile.block_n * kTile.warps_k % kRowsPerPass == 0,
+                "the threads load both operands in whole passes");
+  static_assert(kStages >= 2, "a stage is loaded while another is read");
+
+  struct Fragments {
+    uint32_t a[kMTiles][4];
+    uint32_t w[kGroups][2][4];  // two pairs of n8 tiles a group
+  };
+
+  // ---- global -> shared ----------------------------------------------------------------------
+
+  // Rows [first_row, first_row + kRows) of one operand, K-block k_block, all K-warps' shares.
+  template <int kRows, bool kIsA>
+  static __device__ __forceinline__ void load_operand(const GemmArgs& args, const int8_t* base,
+                                                      int32_t first_row, int32_t row_limit,
+                                                      int32_t k_block, uint8_t* shared) {
+    const int chunk = threadIdx.x % kChunksPerRow;
+    const int lane_row = threadIdx.x / kChunksPerRow;
+#pragma unroll
+    for (int pass = 0; pass < kRows * kTile.warps_k / kRowsPerPass; ++pass) {
+      const int shared_row = lane_row + pass * kRowsPerPass;
+      const int row = shared_row % kRows;
+      const int share = shared_row / kRows;
+      const int key = kIsA ? row % 8 : (row / 8 % 4) * 2 + row % 2;
+      uint8_t* to = shared + shared_row * kRowBytes + (chunk ^ key) * 16;
+      const int32_t k = k_block * kTile.block_k() + share * kRowBytes + chunk * 16;
+      const bool in_range = first_row + row < row_limit && k < args.k;
+      const int8_t* from =
+          base + static_cast<int64_t>(in_range ? first_row + row : 0) * args.k + (in_range ? k : 0);
+      if (args.aligned_rows) {
+        ptx::cp_async_16(ptx::shared_address(to), from, in_range ? 16 : 0);
+      } else {
+        copy_unaligned_16(to, from, in_range ? args.k - k : 0);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void load_stage(const GemmArgs& args, int32_t m_first,
+                                                    int32_t n_first, int32_t k_block,
+                                                    uint8_t* stage) {
+    load_operand<kTile.block_m, true>(args, args.a, m_first, args.m, k_block, stage);
+    load_operand<kTile.block_n, false>(args, args.w, n_first, args.n, k_block, stage + kABytes);
+  }
+
+  // ---- shared -> fragments -> accumulators -----------------------------------------------------
+
+  // Where this lane reads, relative to a stage, at step 0.
+  struct LaneAddresses {
+    uint32_t a;
+    uint32_t w;
+  };
+
+  static __device__ __forceinline__ LaneAddresses lane_addresses(int lane, int warp_m, int warp_n,
+                                                                 int warp_k) {
+    const int place = lane % 8;
+    const int a_row = warp_k * kTile.block_m + warp_m * kTile.warp_m() + place + 8 * (lane / 8 % 2);
+    const int a_chunk = (lane / 16) ^ place;
+    const int w_row = warp_k * kTile.block_n + warp_n * kTile.warp_n() + 8 * (place / 2) +
+                      2 * (lane / 16) + place % 2;
+    const int w_chunk = (lane / 8 % 2) ^ place;
+    return {static_cast<uint32_t>(a_row * kRowBytes + a_chunk * 16),
+            static_cast<uint32_t>(kABytes + w_row * kRowBytes + w_chunk * 16)};
+  }
+
+  // Step s covers chunks 2 s and 2 s + 1: the place differs from step 0's in bits 5 and 6 alone.
+  static __device__ __forceinline__ void load_fragments(Fragments& f, uint32_t stage,
+                                                        const LaneAddresses& lane, int step) {
+    const uint32_t a = stage + (lane.a ^ (step * 32));
+    const uint32_t w = stage + (lane.w ^ (step * 32));
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) ptx::ldmatrix_x4(f.a[i], a + i * 16 * kRowBytes);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        ptx::ldmatrix_x4(f.w[g][pair], w + (g * 32 + pair * 4) * kRowBytes);
+      }
+    }
+  }
+
+  using Accumulators = int32_t[kMTiles][kGroups * 4][4];
+
+  static __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGroups * 4; ++j) {
+        const uint32_t(&w)[4] = f.w[j / 4][j % 4 / 2];
+        ptx::mma_m16n8k32_s8(acc[i][j], f.a[i], w[j % 2 * 2], w[j % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Adds the K-warps' sums into K-warp 0's. Every stage has been read when this is called.
+  static __device__ __forceinline__ void reduce_k_warps(Accumulators& acc, uint8_t* shared,
+                                                        int warp_k, int warp_mn, int lane) {
+    constexpr int kWords = kMTiles * kGroups * 16;
+    constexpr int kWarpsMN = kTile.warps_m * kTile.warps_n;
+    auto* sums = reinterpret_cast<int32_t*>(shared);
+    const auto slot = [&](int k, int word) {
+      return (((k - 1) * kWarpsMN + warp_mn) * kWords + word) * 32 + lane;
+    };
+    __syncthreads();
+    auto& flat = reinterpret_cast<int32_t(&)[kWords]>(acc);
+    if (warp_k > 0) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) sums[slot(warp_k, i)] = flat[i];
+    }
+    __syncthreads();
+    if (warp_k == 0) {
+#pragma unroll
+      for (int k = 1; k < kTile.warps_k; ++k) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) flat[i] += sums[slot(k, i)];
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store(const Accumulators& acc,
+                                               const ScaleEpilogue& epilogue, int32_t m_first,
+                                               int32_t n_first, int lane) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t col = n_first + g * 32 + lane % 4 * 8;
+      const ScaleEpilogue::Columns columns = epilogue.load_columns(col);
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int32_t row_acc[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) row_acc[e] = acc[i][g * 4 + e / 2][half * 2 + e % 2];
+          epilogue.store_x8(m_first + i * 16 + half * 8 + lane / 4, col, row_acc, columns);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void run(GemmArgs args) {
+    extern __shared__ __align__(128) uint8_t shared[];
+
+    // Tiles in groups of kGroupM rows of tiles, column by column within a group: the blocks in
+    // flight then share few rows of a and of w, and L2 serves the repeats.
+    constexpr int32_t kGroupM = 8;
+    const int32_t tile = static_cast<int32_t>(blockIdx.x);
+    const int32_t group = tile / (kGroupM * args.n_tiles);
+    const int32_t group_rows = min(kGroupM, args.m_tiles - group * kGroupM);
+    const int32_t in_group = tile - group * kGroupM * args.n_tiles;
+    const int32_t m_first = (group * kGroupM + in_group % group_rows) * kTile.block_m;
+    const int32_t n_first = in_group / group_rows * kTile.block_n;
+
+    const int32_t split = static_cast<int32_t>(blockIdx.y);
+    const int32_t k_blocks = (args.k + kTile.block_k() - 1) / kTile.block_k();
+    const int32_t k_begin = split * args.k_blocks_per_split;
+    const int32_t count = min(args.k_blocks_per_split, k_blocks - k_begin);
+
+    const int warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    const int warp_m = warp % kTile.warps_m;
+    const int warp_n = warp / kTile.warps_m % kTile.warps_n;
+    const int warp_k = warp / (kTile.warps_m * kTile.warps_n);
+    const LaneAddresses addresses = lane_addresses(lane, warp_m, warp_n, warp_k);
+    const uint32_t shared_base = ptx::shared_address(shared);
+
+    // Prologue: kStages - 1 K-blocks under way. A group is committed even where nothing was left to
+    // load, so that "at most kStages - 2 groups pending" always means "the next block is here".
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < count) load_stage(args, m_first, n_first, k_begin + s, shared + s * kTile.stage_bytes());
+      ptx::cp_async_commit_group();
+    }
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncthreads();
+
+    Accumulators acc = {};
+    Fragments fragments[2];
+    load_fragments(fragments[0], shared_base, addresses, 0);
+
+    int read_stage = 0;
+    int write_stage = kStages - 1;
+    for (int32_t b = 0; b < count; ++b) {
+      const int next_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step == 0) {
+          // The stage written here was read in round b - 1, which every warp has left behind.
+          if (b + kStages - 1 < count) {
+            load_stage(args, m_first, n_first, k_begin + b + kStages - 1,
+                       shared + write_stage * kTile.stage_bytes());
+          }
+          ptx::cp_async_commit_group();
+        }
+        if (step + 1 < kSteps) {
+          load_fragments(fragments[(step + 1) % 2],
+                         shared_base + read_stage * kTile.stage_bytes(), addresses, step + 1);
+        } else if (b + 1 < count) {
+          ptx::cp_async_wait_group<kStages - 2>();
+          __syncthreads();
+          load_fragments(fragments[0], shared_base + next_stage * kTile.stage_bytes(), addresses,
+                         0);
+        }
+        multiply(acc, fragments[step % 2]);
+      }
+      write_stage = read_stage;
+      read_stage = next_stage;
+    }
+
+    if constexpr (kTile.warps_k > 1) {
+      reduce_k_warps(acc, shared, warp_k, warp % (kTile.warps_m * kTile.warps_n), lane);
+      if (warp_k != 0) return;
+    }
+    if (gridDim.y > 1) {
+      // A split's sums go to a slab of its own.
+      args.epilogue.out = static_cast<int32_t*>(args.epilogue.out) +
+                          static_cast<int64_t>(split) * args.m * args.n;
+    }
+    store(acc, args.epilogue, m_first + warp_m * kTile.warp_m(), n_first + warp_n * kTile.warp_n(),
+          lane);
+  }
+};
+
+// By index: nvcc's host stubs cannot spell a template argument of class type.
+template <int kTileIndex>
+__global__ void __launch_bounds__(kGemmTiles[kTileIndex].threads(),
+                                  kGemmTiles[kTileIndex].blocks_per_sm)
+    gemm_kernel(const __grid_constant__ GemmArgs args) {
+  GemmKernel<kGemmTiles[kTileIndex]>::run(args);
+}
+
+// Launches one tile; splits > 1 writes partial sums (args.epilogue then is raw).
+template <int kTileIndex>
+void launch_gemm(const GemmArgs& args, int32_t splits, const ExecContext& ctx) {
+  constexpr GemmTile kTile = kGemmTiles[kTileIndex];
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(args.m_tiles) * static_cast<unsigned>(args.n_tiles),
+                    static_cast<unsigned>(splits));
+  shape.block = dim3(kTile.threads());
+  const int32_t used_stages =
+      args.k_blocks_per_split < kTile.stages ? args.k_blocks_per_split : kTile.stages;
+  shape.shared_bytes = static_cast<size_t>(kTile.shared_bytes(used_stages));
+  launch<gemm_kernel<kTileIndex>>("sm80 GEMM", shape, ctx, args);
+}
+
+}  // namespace int8_ops::cuda::sm80
