@@ -28,7 +28,8 @@ MAX_K = 131_071
 def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     xf = x.to(torch.float32)
     amax = xf.abs().amax(dim=dim, keepdim=True)
-    scale = amax / QUANT_MAX
+    # A tensor, not a Python number: torch's CUDA division by a number multiplies by its reciprocal.
+    scale = amax / torch.full_like(amax, QUANT_MAX)
     usable = scale >= MIN_NORMAL_SCALE
     finite = torch.isfinite(xf).all(dim=dim, keepdim=True)
     q = torch.round(xf / scale).clamp(-QUANT_MAX, QUANT_MAX)

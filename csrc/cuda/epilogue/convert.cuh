@@ -27,6 +27,32 @@ __device__ __forceinline__ void store_float(void* base, DType dtype, int64_t i, 
   }
 }
 
+// Eight consecutive values with 16-byte loads; `base + i` is 16-byte aligned.
+__device__ __forceinline__ void load_float_x8(const void* base, DType dtype, int64_t i,
+                                              float (&y)[8]) {
+  if (dtype == DType::kFloat32) {
+    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(base) + i);
+    const float4 lo = __ldg(from);
+    const float4 hi = __ldg(from + 1);
+    y[0] = lo.x, y[1] = lo.y, y[2] = lo.z, y[3] = lo.w;
+    y[4] = hi.x, y[5] = hi.y, y[6] = hi.z, y[7] = hi.w;
+    return;
+  }
+  const uint4 raw =
+      __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + i));
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    if (dtype == DType::kFloat16) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[p]));
+      y[2 * p] = pair.x, y[2 * p + 1] = pair.y;
+    } else {
+      y[2 * p] = __uint_as_float(words[p] << 16);
+      y[2 * p + 1] = __uint_as_float(words[p] & 0xffff0000u);
+    }
+  }
+}
+
 // Two floats to two 16-bit values, rounded to nearest even.
 __device__ __forceinline__ uint32_t pack_16bit(DType dtype, float lo, float hi) {
   if (dtype == DType::kFloat16) {

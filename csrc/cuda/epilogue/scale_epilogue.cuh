@@ -20,10 +20,8 @@ struct ScaleEpilogue {
   DType out_dtype;
   int32_t m;
   int32_t n;
-  // Rows of out start 16-byte aligned, so that eight columns can be stored at once.
-  bool vector_stores;
-
-  __device__ __forceinline__ bool is_raw() const { return out_dtype == DType::kInt32; }
+  // Eight columns at once: n is a multiple of eight, every pointer is 16-byte aligned.
+  bool vector;
 
   // What eight neighbouring columns need, loaded once for all the rows a thread holds.
   struct Columns {
@@ -31,55 +29,83 @@ struct ScaleEpilogue {
     float bias[8];
   };
 
+  // kOut is out_dtype, known while compiling: with_out_dtype() below.
+  template <DType kOut, bool kVector>
   __device__ __forceinline__ Columns load_columns(int32_t col) const {
     Columns c = {};
-    if (is_raw()) return c;
+    if (kOut == DType::kInt32 || col >= n) return c;
+    if constexpr (kVector) {
+      load_float_x8(w_scale, DType::kFloat32, col, c.w_scale);
+      if (bias != nullptr) load_float_x8(bias, bias_dtype, col, c.bias);
+    } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (col + e >= n) continue;
-      c.w_scale[e] = __ldg(w_scale + col + e);
-      if (bias != nullptr) c.bias[e] = load_float(bias, bias_dtype, col + e);
+      for (int e = 0; e < 8; ++e) {
+        if (col + e >= n) continue;
+        c.w_scale[e] = __ldg(w_scale + col + e);
+        if (bias != nullptr) c.bias[e] = load_float(bias, bias_dtype, col + e);
+      }
     }
     return c;
   }
 
-  __device__ __forceinline__ float scaled(int32_t acc, float row_scale, const Columns& c,
-                                          int e) const {
-    const float y = __fmul_rn(__fmul_rn(__int2float_rn(acc), row_scale), c.w_scale[e]);
-    // Not y + 0: that would turn a -0 into a +0.
-    return bias != nullptr ? __fadd_rn(y, c.bias[e]) : y;
-  }
-
   // Eight consecutive columns of one row, starting at a multiple of eight.
+  template <DType kOut, bool kVector>
   __device__ __forceinline__ void store_x8(int32_t row, int32_t col, const int32_t (&acc)[8],
                                            const Columns& columns) const {
     if (row >= m || col >= n) return;
     const int64_t at = static_cast<int64_t>(row) * n + col;
-    const bool vector = vector_stores && col + 8 <= n;
-    if (is_raw()) {
+    if constexpr (kOut == DType::kInt32) {
       auto* raw = static_cast<int32_t*>(out) + at;
-      if (vector) {
+      if constexpr (kVector) {
         reinterpret_cast<int4*>(raw)[0] = make_int4(acc[0], acc[1], acc[2], acc[3]);
         reinterpret_cast<int4*>(raw)[1] = make_int4(acc[4], acc[5], acc[6], acc[7]);
-        return;
-      }
+      } else {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (col + e < n) raw[e] = acc[e];
+        for (int e = 0; e < 8; ++e) {
+          if (col + e < n) raw[e] = acc[e];
+        }
       }
       return;
     }
     const float row_scale = __ldg(a_scale + row);
-    if (vector) {
-      float y[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] = scaled(acc[e], row_scale, columns, e);
-      store_float_x8(out, out_dtype, at, y);
-      return;
-    }
+    float y[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      if (col + e < n) store_float(out, out_dtype, at + e, scaled(acc[e], row_scale, columns, e));
+      y[e] = __fmul_rn(__fmul_rn(__int2float_rn(acc[e]), row_scale), columns.w_scale[e]);
+    }
+    // A branch and not y + 0: that would turn a -0 into a +0.
+    if (bias != nullptr) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) y[e] = __fadd_rn(y[e], columns.bias[e]);
+    }
+    if constexpr (kVector) {
+      store_float_x8(out, kOut, at, y);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (col + e < n) store_float(out, kOut, at + e, y[e]);
+      }
+    }
+  }
+
+  // Calls visit.template operator()<out dtype, vector>(): the choice is made once a thread.
+  template <typename Visitor>
+  __device__ __forceinline__ void with_out_dtype(Visitor&& visit) const {
+    switch (out_dtype) {
+      case DType::kInt32: return with_vector<DType::kInt32>(visit);
+      case DType::kFloat32: return with_vector<DType::kFloat32>(visit);
+      case DType::kFloat16: return with_vector<DType::kFloat16>(visit);
+      case DType::kBFloat16: return with_vector<DType::kBFloat16>(visit);
+    }
+  }
+
+ private:
+  template <DType kOut, typename Visitor>
+  __device__ __forceinline__ void with_vector(Visitor&& visit) const {
+    if (vector) {
+      visit.template operator()<kOut, true>();
+    } else {
+      visit.template operator()<kOut, false>();
     }
   }
 };

@@ -10,7 +10,7 @@ namespace int8_ops::cuda::sm80 {
 
 // Instantiated one a file in instantiations/; a tile without its file is a link error.
 #define INT8_OPS_EXTERN_TILE(i) \
-  extern template void launch_gemm<i>(const GemmArgs&, int32_t, const ExecContext&)
+  extern template void launch_gemm<i>(const GemmArgs&, bool, int32_t, const ExecContext&)
 INT8_OPS_EXTERN_TILE(0);
 INT8_OPS_EXTERN_TILE(1);
 INT8_OPS_EXTERN_TILE(2);
@@ -22,7 +22,7 @@ INT8_OPS_EXTERN_TILE(6);
 
 namespace {
 
-using Launcher = void (*)(const GemmArgs&, int32_t, const ExecContext&);
+using Launcher = void (*)(const GemmArgs&, bool, int32_t, const ExecContext&);
 
 template <int... kIndex>
 constexpr std::array<Launcher, sizeof...(kIndex)> make_launchers(
@@ -44,10 +44,9 @@ __global__ void __launch_bounds__(kReduceThreads)
   const auto col = static_cast<int32_t>(index % groups) * 8;
   const int64_t slab = static_cast<int64_t>(epilogue.m) * epilogue.n;
   const int32_t* from = slabs + static_cast<int64_t>(row) * epilogue.n + col;
-  const bool vector = epilogue.n % 8 == 0;
   int32_t acc[8] = {};
   for (int32_t s = 0; s < splits; ++s, from += slab) {
-    if (vector) {
+    if (epilogue.vector) {
       const int4 lo = reinterpret_cast<const int4*>(from)[0];
       const int4 hi = reinterpret_cast<const int4*>(from)[1];
       const int32_t part[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
@@ -60,7 +59,9 @@ __global__ void __launch_bounds__(kReduceThreads)
       }
     }
   }
-  epilogue.store_x8(row, col, acc, epilogue.load_columns(col));
+  epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
+    epilogue.store_x8<kOut, kVector>(row, col, acc, epilogue.load_columns<kOut, kVector>(col));
+  });
 }
 
 bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -80,19 +81,19 @@ void gemm(const MatmulParams& p, const GemmPlan& plan) {
   args.m_tiles = ceil_div(p.m, tile.block_m);
   args.n_tiles = ceil_div(p.n, tile.block_n);
   args.k_blocks_per_split = static_cast<int32_t>(k_blocks_per_split(tile, p.k, plan.splits));
-  args.aligned_rows = p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
+  const bool aligned = p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
   args.epilogue = {p.a_scale,   p.w_scale,   p.bias,    p.bias_dtype,
                    p.out,       p.out_dtype, args.m,    args.n,
-                   p.n % 8 == 0 && is_aligned_16(p.out)};
+                   p.n % 8 == 0 && is_aligned_16(p.out) && is_aligned_16(p.w_scale) &&
+                       is_aligned_16(p.bias)};
   if (plan.splits == 1) {
-    kLaunchers[static_cast<size_t>(plan.tile)](args, 1, p.ctx);
+    kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, 1, p.ctx);
     return;
   }
   const ScaleEpilogue final_epilogue = args.epilogue;
   args.epilogue.out = p.workspace;
   args.epilogue.out_dtype = DType::kInt32;
-  args.epilogue.vector_stores = p.n % 8 == 0;
-  kLaunchers[static_cast<size_t>(plan.tile)](args, plan.splits, p.ctx);
+  kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, plan.splits, p.ctx);
 
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(ceil_div(p.m * ceil_div(p.n, 8), kReduceThreads)));

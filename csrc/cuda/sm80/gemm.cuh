@@ -34,14 +34,13 @@ struct GemmArgs {
   int32_t m_tiles;
   int32_t n_tiles;
   int32_t k_blocks_per_split;
-  // Every row of a and w starts 16-byte aligned, so cp.async can move it.
-  bool aligned_rows;
   ScaleEpilogue epilogue;
 };
 
 // Sixteen bytes of a row that starts at any address, of which `valid` exist; the rest are zeros.
-__device__ __forceinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
-                                                  int32_t valid) {
+// Out of line: it must not crowd the path that every aligned matrix takes.
+__device__ __noinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
+                                               int32_t valid) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -53,7 +52,8 @@ __device__ __forceinline__ void copy_unaligned_16(uint8_t* shared, const int8_t*
   *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <GemmTile kTile>
+// kAligned: every row of a and w starts 16-byte aligned, so that cp.async can move it.
+template <GemmTile kTile, bool kAligned>
 struct GemmKernel {
   static constexpr int kRowBytes = GemmTile::kRowBytes;
   static constexpr int kChunksPerRow = kRowBytes / 16;
@@ -70,6 +70,7 @@ struct GemmKernel {
   static_assert(kTile.block_m * kTile.warps_k % kRowsPerPass == 0 &&
                     kTile.block_n * kTile.warps_k % kRowsPerPass == 0,
                 "the threads load both operands in whole passes");
+  static_assert(kSteps == 4, "run() spells its four steps out");
   static_assert(kStages >= 2, "a stage is loaded while another is read");
 
   struct Fragments {
@@ -79,38 +80,79 @@ struct GemmKernel {
 
   // ---- global -> shared ----------------------------------------------------------------------
 
-  // Rows [first_row, first_row + kRows) of one operand, K-block k_block, all K-warps' shares.
+  // One thread's part in loading one operand. Threads form kRowsPerPass rows of eight chunks and
+  // take a stage in passes; what differs between passes is then a constant or uniform.
   template <int kRows, bool kIsA>
-  static __device__ __forceinline__ void load_operand(const GemmArgs& args, const int8_t* base,
-                                                      int32_t first_row, int32_t row_limit,
-                                                      int32_t k_block, uint8_t* shared) {
-    const int chunk = threadIdx.x % kChunksPerRow;
-    const int lane_row = threadIdx.x / kChunksPerRow;
+  struct OperandLoader {
+    static constexpr int kPasses = kRows * kTile.warps_k / kRowsPerPass;
+    static constexpr int kPassesPerShare = kRows / kRowsPerPass;
+    static_assert(kRows % kRowsPerPass == 0, "a pass lies within one K-warp's share");
+
+    const int8_t* from;  // this thread's chunk of its first row, in the K-block to load next
+    int32_t rows_left;   // rows of the matrix from this thread's first row on
+    int32_t k_left;      // bytes of a row from this thread's chunk on
+    uint32_t to;         // where the chunk goes, within a stage's part
+
+    __device__ __forceinline__ OperandLoader(const int8_t* base, int32_t first_row,
+                                             int32_t row_limit, int32_t k, int32_t k_block) {
+      const int chunk = threadIdx.x % kChunksPerRow;
+      const int row = threadIdx.x / kChunksPerRow;
+      const int32_t k_first = k_block * kTile.block_k() + chunk * 16;
+      from = base + static_cast<int64_t>(first_row + row) * k + k_first;
+      rows_left = row_limit - first_row - row;
+      k_left = k - k_first;
+      to = row * kRowBytes + (chunk ^ swizzle_key(row)) * 16;
+    }
+
+    // Passes [kFirst, kLast) of the K-block; `stage` is the operand's part of the stage.
+    template <int kFirst, int kLast>
+    __device__ __forceinline__ void load(int32_t k, uint8_t* stage) const {
+      const uint32_t stage_address = ptx::shared_address(stage);
 #pragma unroll
-    for (int pass = 0; pass < kRows * kTile.warps_k / kRowsPerPass; ++pass) {
-      const int shared_row = lane_row + pass * kRowsPerPass;
-      const int row = shared_row % kRows;
-      const int share = shared_row / kRows;
-      const int key = kIsA ? row % 8 : (row / 8 % 4) * 2 + row % 2;
-      uint8_t* to = shared + shared_row * kRowBytes + (chunk ^ key) * 16;
-      const int32_t k = k_block * kTile.block_k() + share * kRowBytes + chunk * 16;
-      const bool in_range = first_row + row < row_limit && k < args.k;
-      const int8_t* from =
-          base + static_cast<int64_t>(in_range ? first_row + row : 0) * args.k + (in_range ? k : 0);
-      if (args.aligned_rows) {
-        ptx::cp_async_16(ptx::shared_address(to), from, in_range ? 16 : 0);
-      } else {
-        copy_unaligned_16(to, from, in_range ? args.k - k : 0);
+      for (int pass = kFirst; pass < kLast; ++pass) {
+        const int row = pass % kPassesPerShare * kRowsPerPass;  // beyond the thread's first
+        const int share = pass / kPassesPerShare * kRowBytes;
+        const int8_t* source = from + static_cast<int64_t>(row) * k + share;
+        const int32_t valid = row < rows_left ? k_left - share : 0;
+        // A thread's first row is below kRowsPerPass, so the keys of the two parts do not carry
+        // into each other: key(first + row) = key(first) ^ key(row).
+        const uint32_t place = (to ^ (swizzle_key(row) * 16)) + pass * kRowsPerPass * kRowBytes;
+        if constexpr (kAligned) {
+          ptx::cp_async_16(stage_address + place, source, valid > 0 ? 16 : 0);
+        } else {
+          copy_unaligned_16(stage + place, source, valid);
+        }
       }
     }
-  }
 
-  static __device__ __forceinline__ void load_stage(const GemmArgs& args, int32_t m_first,
-                                                    int32_t n_first, int32_t k_block,
-                                                    uint8_t* stage) {
-    load_operand<kTile.block_m, true>(args, args.a, m_first, args.m, k_block, stage);
-    load_operand<kTile.block_n, false>(args, args.w, n_first, args.n, k_block, stage + kABytes);
-  }
+    __device__ __forceinline__ void next_k_block() {
+      from += kTile.block_k();
+      k_left -= kTile.block_k();
+    }
+
+   private:
+    static constexpr __host__ __device__ int swizzle_key(int row) {
+      return kIsA ? row % 8 : (row / 8 % 4) * 2 + row % 2;
+    }
+  };
+
+  struct StageLoader {
+    OperandLoader<kTile.block_m, true> a;
+    OperandLoader<kTile.block_n, false> w;
+
+    // Part kPart of kParts of a stage; all parts together load it.
+    template <int kPart, int kParts>
+    __device__ __forceinline__ void load(int32_t k, uint8_t* stage) const {
+      constexpr int kA = decltype(a)::kPasses;
+      constexpr int kW = decltype(w)::kPasses;
+      a.template load<kA * kPart / kParts, kA*(kPart + 1) / kParts>(k, stage);
+      w.template load<kW * kPart / kParts, kW*(kPart + 1) / kParts>(k, stage + kABytes);
+    }
+    __device__ __forceinline__ void next_k_block() {
+      a.next_k_block();
+      w.next_k_block();
+    }
+  };
 
   // ---- shared -> fragments -> accumulators -----------------------------------------------------
 
@@ -186,13 +228,14 @@ struct GemmKernel {
     }
   }
 
+  template <DType kOut, bool kVector>
   static __device__ __forceinline__ void store(const Accumulators& acc,
                                                const ScaleEpilogue& epilogue, int32_t m_first,
                                                int32_t n_first, int lane) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int32_t col = n_first + g * 32 + lane % 4 * 8;
-      const ScaleEpilogue::Columns columns = epilogue.load_columns(col);
+      const auto columns = epilogue.load_columns<kOut, kVector>(col);
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) {
 #pragma unroll
@@ -200,7 +243,8 @@ struct GemmKernel {
           int32_t row_acc[8];
 #pragma unroll
           for (int e = 0; e < 8; ++e) row_acc[e] = acc[i][g * 4 + e / 2][half * 2 + e % 2];
-          epilogue.store_x8(m_first + i * 16 + half * 8 + lane / 4, col, row_acc, columns);
+          epilogue.store_x8<kOut, kVector>(m_first + i * 16 + half * 8 + lane / 4, col, row_acc,
+                                           columns);
         }
       }
     }
@@ -232,11 +276,17 @@ struct GemmKernel {
     const LaneAddresses addresses = lane_addresses(lane, warp_m, warp_n, warp_k);
     const uint32_t shared_base = ptx::shared_address(shared);
 
+    StageLoader loader = {{args.a, m_first, args.m, args.k, k_begin},
+                          {args.w, n_first, args.n, args.k, k_begin}};
+
     // Prologue: kStages - 1 K-blocks under way. A group is committed even where nothing was left to
     // load, so that "at most kStages - 2 groups pending" always means "the next block is here".
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < count) load_stage(args, m_first, n_first, k_begin + s, shared + s * kTile.stage_bytes());
+      if (s < count) {
+        loader.template load<0, 1>(args.k, shared + s * kTile.stage_bytes());
+        loader.next_k_block();
+      }
       ptx::cp_async_commit_group();
     }
     ptx::cp_async_wait_group<kStages - 2>();
@@ -250,27 +300,31 @@ struct GemmKernel {
     int write_stage = kStages - 1;
     for (int32_t b = 0; b < count; ++b) {
       const int next_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step == 0) {
-          // The stage written here was read in round b - 1, which every warp has left behind.
-          if (b + kStages - 1 < count) {
-            load_stage(args, m_first, n_first, k_begin + b + kStages - 1,
-                       shared + write_stage * kTile.stage_bytes());
-          }
+      // The stage written in this round was read in round b - 1, which every warp has left behind.
+      const bool more = b + kStages - 1 < count;
+      const auto run_step = [&]<int kStep>() {
+        if (more) {
+          loader.template load<kStep, kSteps>(args.k, shared + write_stage * kTile.stage_bytes());
+        }
+        if constexpr (kStep + 1 < kSteps) {
+          load_fragments(fragments[(kStep + 1) % 2],
+                         shared_base + read_stage * kTile.stage_bytes(), addresses, kStep + 1);
+        } else {
           ptx::cp_async_commit_group();
+          if (b + 1 < count) {
+            ptx::cp_async_wait_group<kStages - 2>();
+            __syncthreads();
+            load_fragments(fragments[0], shared_base + next_stage * kTile.stage_bytes(), addresses,
+                           0);
+          }
         }
-        if (step + 1 < kSteps) {
-          load_fragments(fragments[(step + 1) % 2],
-                         shared_base + read_stage * kTile.stage_bytes(), addresses, step + 1);
-        } else if (b + 1 < count) {
-          ptx::cp_async_wait_group<kStages - 2>();
-          __syncthreads();
-          load_fragments(fragments[0], shared_base + next_stage * kTile.stage_bytes(), addresses,
-                         0);
-        }
-        multiply(acc, fragments[step % 2]);
-      }
+        multiply(acc, fragments[kStep % 2]);
+      };
+      run_step.template operator()<0>();
+      run_step.template operator()<1>();
+      run_step.template operator()<2>();
+      run_step.template operator()<3>();
+      loader.next_k_block();
       write_stage = read_stage;
       read_stage = next_stage;
     }
@@ -284,22 +338,24 @@ struct GemmKernel {
       args.epilogue.out = static_cast<int32_t*>(args.epilogue.out) +
                           static_cast<int64_t>(split) * args.m * args.n;
     }
-    store(acc, args.epilogue, m_first + warp_m * kTile.warp_m(), n_first + warp_n * kTile.warp_n(),
-          lane);
+    args.epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
+      store<kOut, kVector>(acc, args.epilogue, m_first + warp_m * kTile.warp_m(),
+                           n_first + warp_n * kTile.warp_n(), lane);
+    });
   }
 };
 
 // By index: nvcc's host stubs cannot spell a template argument of class type.
-template <int kTileIndex>
+template <int kTileIndex, bool kAligned>
 __global__ void __launch_bounds__(kGemmTiles[kTileIndex].threads(),
                                   kGemmTiles[kTileIndex].blocks_per_sm)
     gemm_kernel(const __grid_constant__ GemmArgs args) {
-  GemmKernel<kGemmTiles[kTileIndex]>::run(args);
+  GemmKernel<kGemmTiles[kTileIndex], kAligned>::run(args);
 }
 
 // Launches one tile; splits > 1 writes partial sums (args.epilogue then is raw).
 template <int kTileIndex>
-void launch_gemm(const GemmArgs& args, int32_t splits, const ExecContext& ctx) {
+void launch_gemm(const GemmArgs& args, bool aligned, int32_t splits, const ExecContext& ctx) {
   constexpr GemmTile kTile = kGemmTiles[kTileIndex];
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(args.m_tiles) * static_cast<unsigned>(args.n_tiles),
@@ -308,7 +364,11 @@ void launch_gemm(const GemmArgs& args, int32_t splits, const ExecContext& ctx) {
   const int32_t used_stages =
       args.k_blocks_per_split < kTile.stages ? args.k_blocks_per_split : kTile.stages;
   shape.shared_bytes = static_cast<size_t>(kTile.shared_bytes(used_stages));
-  launch<gemm_kernel<kTileIndex>>("sm80 GEMM", shape, ctx, args);
+  if (aligned) {
+    launch<gemm_kernel<kTileIndex, true>>("sm80 GEMM", shape, ctx, args);
+  } else {
+    launch<gemm_kernel<kTileIndex, false>>("sm80 GEMM, unaligned rows", shape, ctx, args);
+  }
 }
 
 }  // namespace int8_ops::cuda::sm80
