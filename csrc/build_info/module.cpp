@@ -91,9 +91,9 @@ PyObject* gemm_tiles(PyObject*, PyObject*) {
   if (list == nullptr) return nullptr;
   for (const auto& tile : int8_ops::cuda::kGemmTiles) {
     PyObject* item =
-        Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i}", "block_m", tile.block_m, "block_n",
-                      tile.block_n, "block_k", tile.block_k(), "threads", tile.threads(), "stages",
-                      tile.stages, "shared_bytes", tile.shared_bytes(tile.stages));
+        Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i}", "block_m", tile.block_m, "block_n", tile.block_n,
+                      "block_k", tile.block_k(), "threads", tile.threads(), "stages", tile.stages,
+                      "shared_bytes", tile.shared_bytes(tile.stages));
     if (item == nullptr || PyList_Append(list, item) != 0) {
       Py_XDECREF(item);
       Py_DECREF(list);
@@ -125,8 +125,8 @@ PyMethodDef kMethods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_build", nullptr, -1,     kMethods,
-                       nullptr,               nullptr,  nullptr, nullptr};
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT, "_build", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -16,8 +16,8 @@ std::string why_not_runnable(const std::string& archs, int major, int minor) {
     const int arch_minor = std::atoi(arch.c_str() + dot + 1);
     const bool same = arch_major == major && arch_minor == minor;
     const bool binary = same || (!exact && arch_major == major && arch_minor <= minor);
-    const bool forward = ptx && !exact &&
-                         (arch_major < major || (arch_major == major && arch_minor <= minor));
+    const bool forward =
+        ptx && !exact && (arch_major < major || (arch_major == major && arch_minor <= minor));
     if (binary || forward) return "";
   }
   std::ostringstream out;

@@ -60,8 +60,9 @@ bool forced_plan(GemmPlan& plan) {
   int splits = 0;
   if (std::sscanf(text, "%d:%d", &tile, &splits) != 2 || tile < 0 ||
       tile >= static_cast<int>(kNumGemmTiles) || splits < 1) {
-    throw std::runtime_error("int8_ops: INT8_OPS_GEMM_CONFIG must be \"tile:splits\" with a tile of 0.." +
-                             std::to_string(kNumGemmTiles - 1) + ", got \"" + text + "\"");
+    throw std::runtime_error(
+        "int8_ops: INT8_OPS_GEMM_CONFIG must be \"tile:splits\" with a tile of 0.." +
+        std::to_string(kNumGemmTiles - 1) + ", got \"" + text + "\"");
   }
   plan = {tile, splits, 0.0};
   return true;

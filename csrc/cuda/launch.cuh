@@ -28,6 +28,25 @@ inline void check_cuda(cudaError_t status, const char* what) {
 inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 inline constexpr int kMaxDevices = 64;
 
+// Note [Dependent launch]
+// On sm_90 and up a kernel is launched so that its blocks may become resident while the kernel
+// before it drains: the launch latency is then hidden. Every kernel here begins with
+// ptx::grid_dependency_wait(), before it touches memory, and every thread of it executes that, so
+// that a finished kernel implies that all kernels before it are finished. It then calls
+// ptx::grid_dependency_trigger(): its own blocks all run or have run by the time a successor
+// starts.
+inline bool supports_dependent_launch(int device) {
+  static std::array<std::atomic<int>, kMaxDevices> major{};  // 0: not asked yet
+  auto& cached = major.at(static_cast<size_t>(device));
+  int value = cached.load(std::memory_order_relaxed);
+  if (value == 0) {
+    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device),
+               "reading the compute capability");
+    cached.store(value, std::memory_order_relaxed);
+  }
+  return value >= 9;
+}
+
 // Launches kKernel on the context's stream. The context's device is current: ops.cpp guards it.
 template <auto kKernel, typename... Args>
 void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, Args... args) {
@@ -42,9 +61,17 @@ void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, 
       limit.store(shape.shared_bytes, std::memory_order_relaxed);
     }
   }
-  kKernel<<<shape.grid, shape.block, shape.shared_bytes, static_cast<cudaStream_t>(ctx.stream)>>>(
-      args...);
-  check_cuda(cudaGetLastError(), name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(ctx.stream);
+  config.attrs = &attribute;
+  config.numAttrs = supports_dependent_launch(ctx.device_index) ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), name);
 }
 
 }  // namespace int8_ops::cuda

@@ -13,17 +13,25 @@ namespace int8_ops::cuda {
 
 __device__ __forceinline__ float load_float(const void* base, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::kFloat16: return __half2float(static_cast<const __half*>(base)[i]);
-    case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
-    default: return static_cast<const float*>(base)[i];
+    case DType::kFloat16:
+      return __half2float(static_cast<const __half*>(base)[i]);
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
+    default:
+      return static_cast<const float*>(base)[i];
   }
 }
 
 __device__ __forceinline__ void store_float(void* base, DType dtype, int64_t i, float y) {
   switch (dtype) {
-    case DType::kFloat16: static_cast<__half*>(base)[i] = __float2half_rn(y); break;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(y); break;
-    default: static_cast<float*>(base)[i] = y;
+    case DType::kFloat16:
+      static_cast<__half*>(base)[i] = __float2half_rn(y);
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(y);
+      break;
+    default:
+      static_cast<float*>(base)[i] = y;
   }
 }
 
@@ -38,8 +46,7 @@ __device__ __forceinline__ void load_float_x8(const void* base, DType dtype, int
     y[4] = hi.x, y[5] = hi.y, y[6] = hi.z, y[7] = hi.w;
     return;
   }
-  const uint4 raw =
-      __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + i));
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + i));
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int p = 0; p < 4; ++p) {

@@ -17,7 +17,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 //   - int8 products: mma.sync on Hopper issues about 5200 operations a cycle and multiprocessor at
 //     best; a small warp tile reloads its operands more often and stays further below.
 //   - bytes from L2 into shared memory and of the output.
-//   - a fixed price a block for its prologue and epilogue, hidden in part where several blocks share
+//   - a fixed price a block for its prologue and epilogue, hidden in part where several blocks
+//   share
 //     a multiprocessor, and a fixed price for the second kernel of a split.
 // Only the order of the costs matters, and only near ties: the figures were set so that the choice
 // is within a few percent of the best measured tile on the shapes of benchmarks/.
@@ -46,8 +47,8 @@ double plan_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
   const double rows = static_cast<double>(std::min<int64_t>(p.m, tile.block_m));
   const double out_bytes = splits > 1 ? 4.0 : static_cast<double>(p.out_bytes);
 
-  const double mma = 2.0 * tile.block_m * tile.block_n * k_per_block /
-                     (kOpsPerCycle * tile_efficiency(tile));
+  const double mma =
+      2.0 * tile.block_m * tile.block_n * k_per_block / (kOpsPerCycle * tile_efficiency(tile));
   const double load = (rows + tile.block_n) * k_per_block / kLoadBytesPerCycle;
   const double store = rows * tile.block_n * out_bytes / kStoreBytesPerCycle;
 
@@ -59,8 +60,8 @@ double plan_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
   const double exposed = (kBlockOverheadCycles + store) / overlap;
   double cycles = static_cast<double>(waves) * (std::max(mma, load) + exposed);
 
-  const double device_bytes = static_cast<double>(p.m * p.k + p.n * p.k) +
-                              static_cast<double>(p.m * p.n * p.out_bytes);
+  const double device_bytes =
+      static_cast<double>(p.m * p.k + p.n * p.k) + static_cast<double>(p.m * p.n * p.out_bytes);
   cycles = std::max(cycles, device_bytes / kDeviceBytesPerCycle);
   if (splits > 1) {
     const double slab_bytes = static_cast<double>(p.m * p.n) * 4.0 * splits;

@@ -10,6 +10,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Hides where a value came from, so that the compiler keeps it instead of computing it again.
+template <typename T>
+__device__ __forceinline__ void keep_in_register(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+__device__ __forceinline__ void keep_in_register(uint32_t& value) {
+  asm volatile("" : "+r"(value));
+}
+
 // Copies 16 bytes, of which the last 16 - source_bytes arrive as zeros. With source_bytes == 0
 // nothing is read, but the pointer must still be one the thread may form.
 // PTX ISA: cp.async.cg.shared.global, with src-size.

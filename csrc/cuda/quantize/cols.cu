@@ -1,9 +1,11 @@
 // Quantization with a scale a column (per channel of a weight along axis 1).
 //
 // A block owns kColsPerBlock columns and all their rows. Its threads form kRowLanes rows of
-// kChunkLanes; each runs down its columns twice, for the amax and for the values, and the lanes of a
-// column meet in shared memory in between. Weights are quantized once, so the second read is fine.
+// kChunkLanes; each runs down its columns twice, for the amax and for the values, and the lanes of
+// a column meet in shared memory in between. Weights are quantized once, so the second read is
+// fine.
 #include "../launch.cuh"
+#include "../ptx/grid_dependency.cuh"
 #include "quantize.h"
 #include "row_math.cuh"
 
@@ -32,6 +34,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_cols_kernel(const T* x, int8_t* q, float* scale, int64_t rows, int32_t cols,
                          bool aligned) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_trigger();
   __shared__ float partial[kRowLanes][kColsPerBlock];
   __shared__ float col_amax[kColsPerBlock];
   const int chunk_lane = threadIdx.x % kChunkLanes;
@@ -103,9 +107,12 @@ void launch_for_dtype(const QuantizeParams& p) {
 
 void quantize_cols(const QuantizeParams& p) {
   switch (p.x_dtype) {
-    case DType::kFloat16: return launch_for_dtype<__half>(p);
-    case DType::kBFloat16: return launch_for_dtype<__nv_bfloat16>(p);
-    default: return launch_for_dtype<float>(p);
+    case DType::kFloat16:
+      return launch_for_dtype<__half>(p);
+    case DType::kBFloat16:
+      return launch_for_dtype<__nv_bfloat16>(p);
+    default:
+      return launch_for_dtype<float>(p);
   }
 }
 

@@ -1,6 +1,7 @@
 // q * scale, rounded once: eight values a thread where rows allow it, one where they do not.
 #include "../epilogue/convert.cuh"
 #include "../launch.cuh"
+#include "../ptx/grid_dependency.cuh"
 #include "quantize.h"
 
 namespace int8_ops::cuda {
@@ -11,8 +12,9 @@ constexpr int kVector = 8;
 
 template <int kPerThread>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p) {
-  const int64_t first =
-      (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_trigger();
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (first >= p.rows * p.cols) return;
   const int64_t row = first / p.cols;
   const int64_t col = first - row * p.cols;

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../launch.cuh"
+#include "../ptx/grid_dependency.cuh"
 #include "quantize.h"
 #include "row_math.cuh"
 
@@ -42,6 +43,8 @@ __device__ __forceinline__ float row_amax(float amax) {
 template <typename T, int kThreadsPerRow, int kChunksPerThread>
 __global__ void __launch_bounds__(kThreads)
     quantize_rows_kernel(const T* x, int8_t* q, float* scale, int64_t rows, int32_t cols) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_trigger();
   constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
@@ -81,6 +84,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_rows_looped_kernel(const T* x, int8_t* q, float* scale, int32_t cols) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_trigger();
   const int64_t row = blockIdx.x;
   x += row * cols;
   q += row * cols;
@@ -124,8 +129,8 @@ void launch_for_dtype(const QuantizeParams& p) {
   if (p.cols <= 32 * kChunk) return launch_held<T, 32, 1>(p);
   if (p.cols <= 64 * kChunk) return launch_held<T, 32, 2>(p);
   if (p.cols <= 128 * kChunk) return launch_held<T, 32, 4>(p);
-  if (p.cols <= 256 * kChunk) return launch_held<T, 128, 2>(p);
-  if (p.cols <= 512 * kChunk) return launch_held<T, 256, 2>(p);
+  if (p.cols <= 256 * kChunk) return launch_held<T, 32, 8>(p);
+  if (p.cols <= 512 * kChunk) return launch_held<T, 128, 4>(p);
   if (p.cols <= 1024 * kChunk) return launch_held<T, 256, 4>(p);
   return launch_held<T, 256, 8>(p);
 }
@@ -134,9 +139,12 @@ void launch_for_dtype(const QuantizeParams& p) {
 
 void quantize_rows(const QuantizeParams& p) {
   switch (p.x_dtype) {
-    case DType::kFloat16: return launch_for_dtype<__half>(p);
-    case DType::kBFloat16: return launch_for_dtype<__nv_bfloat16>(p);
-    default: return launch_for_dtype<float>(p);
+    case DType::kFloat16:
+      return launch_for_dtype<__half>(p);
+    case DType::kBFloat16:
+      return launch_for_dtype<__nv_bfloat16>(p);
+    default:
+      return launch_for_dtype<float>(p);
   }
 }
 

@@ -1,10 +1,9 @@
 // Picks the instantiation of a plan and, for a split plan, sums the slabs through the epilogue.
-#include "gemm.h"
-
 #include <array>
 #include <utility>
 
 #include "gemm.cuh"
+#include "gemm.h"
 
 namespace int8_ops::cuda::sm80 {
 
@@ -29,14 +28,16 @@ constexpr std::array<Launcher, sizeof...(kIndex)> make_launchers(
     std::integer_sequence<int, kIndex...>) {
   return {launch_gemm<kIndex>...};
 }
-constexpr auto kLaunchers = make_launchers(
-    std::make_integer_sequence<int, static_cast<int>(kNumGemmTiles)>{});
+constexpr auto kLaunchers =
+    make_launchers(std::make_integer_sequence<int, static_cast<int>(kNumGemmTiles)>{});
 
 constexpr int kReduceThreads = 128;
 
 // Sums int32 slabs [splits, m, n] and applies the epilogue, eight columns a thread.
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_splits_kernel(const int32_t* slabs, int32_t splits, ScaleEpilogue epilogue) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_trigger();
   const int32_t groups = (epilogue.n + 7) / 8;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   if (index >= static_cast<int64_t>(epilogue.m) * groups) return;
@@ -60,7 +61,13 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
   }
   epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
-    epilogue.store_x8<kOut, kVector>(row, col, acc, epilogue.load_columns<kOut, kVector>(col));
+    float row_scale = 0.0F;
+    ScaleEpilogue::Columns columns = {};
+    if (kOut != DType::kInt32) {
+      row_scale = __ldg(epilogue.a_scale + row);
+      columns = epilogue.load_columns<kVector>(col);
+    }
+    epilogue.store_x8<kOut, kVector>(row, col, acc, row_scale, columns);
   });
 }
 
@@ -82,10 +89,16 @@ void gemm(const MatmulParams& p, const GemmPlan& plan) {
   args.n_tiles = ceil_div(p.n, tile.block_n);
   args.k_blocks_per_split = static_cast<int32_t>(k_blocks_per_split(tile, p.k, plan.splits));
   const bool aligned = p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
-  args.epilogue = {p.a_scale,   p.w_scale,   p.bias,    p.bias_dtype,
-                   p.out,       p.out_dtype, args.m,    args.n,
-                   p.n % 8 == 0 && is_aligned_16(p.out) && is_aligned_16(p.w_scale) &&
-                       is_aligned_16(p.bias)};
+  args.epilogue = {
+      p.a_scale,
+      p.w_scale,
+      p.bias,
+      p.bias_dtype,
+      p.out,
+      p.out_dtype,
+      args.m,
+      args.n,
+      p.n % 8 == 0 && is_aligned_16(p.out) && is_aligned_16(p.w_scale) && is_aligned_16(p.bias)};
   if (plan.splits == 1) {
     kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, 1, p.ctx);
     return;

@@ -1,11 +1,12 @@
 // The mma.sync GEMM kernel. One block computes one output tile (of one split of K):
 //
-//   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> int32 registers --> epilogue
+//   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> int32 registers -->
+//   epilogue
 //
 // Note [Shared-memory layout]
-// A stage holds, for every K-warp, block_m rows of a and block_n rows of w, 128 bytes a row. A row is
-// eight 16-byte chunks; chunk c of a row lies at place c ^ key(row), so that the eight rows that one
-// ldmatrix phase reads fall into eight different bank groups.
+// A stage holds, for every K-warp, block_m rows of a and block_n rows of w, 128 bytes a row. A row
+// is eight 16-byte chunks; chunk c of a row lies at place c ^ key(row), so that the eight rows that
+// one ldmatrix phase reads fall into eight different bank groups.
 //   a: phases read eight neighbouring rows, key = row % 8.
 //   w: phases read rows 8 i + 2 j + {0, 1}, i = 0..3 (see below), key = 2 (row / 8 % 4) + row % 2.
 //
@@ -21,6 +22,7 @@
 #include "../heuristics/gemm_tiles.h"
 #include "../launch.cuh"
 #include "../ptx/cp_async.cuh"
+#include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_s8.cuh"
 
 namespace int8_ops::cuda::sm80 {
@@ -39,8 +41,8 @@ struct GemmArgs {
 
 // Sixteen bytes of a row that starts at any address, of which `valid` exist; the rest are zeros.
 // Out of line: it must not crowd the path that every aligned matrix takes.
-__device__ __noinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
-                                               int32_t valid) {
+inline __device__ __noinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
+                                                      int32_t valid) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -73,6 +75,8 @@ struct GemmKernel {
   static_assert(kSteps == 4, "run() spells its four steps out");
   static_assert(kStages >= 2, "a stage is loaded while another is read");
 
+  using Factors = EpilogueFactors<kTile.block_m, kTile.block_n>;
+
   struct Fragments {
     uint32_t a[kMTiles][4];
     uint32_t w[kGroups][2][4];  // two pairs of n8 tiles a group
@@ -81,39 +85,51 @@ struct GemmKernel {
   // ---- global -> shared ----------------------------------------------------------------------
 
   // One thread's part in loading one operand. Threads form kRowsPerPass rows of eight chunks and
-  // take a stage in passes; what differs between passes is then a constant or uniform.
+  // take a stage in passes; what differs between passes is then a constant.
+  //
+  // Rows beyond the matrix give sums that are never stored, so they may hold anything: the tiles
+  // for many rows read the last row again, with no predicate. The tiles for few rows would multiply
+  // their traffic by that, and load zeros instead.
   template <int kRows, bool kIsA>
   struct OperandLoader {
     static constexpr int kPasses = kRows * kTile.warps_k / kRowsPerPass;
     static constexpr int kPassesPerShare = kRows / kRowsPerPass;
+    static constexpr bool kZeroRows = kIsA && kRows <= 32;
     static_assert(kRows % kRowsPerPass == 0, "a pass lies within one K-warp's share");
 
-    const int8_t* from;  // this thread's chunk of its first row, in the K-block to load next
-    int32_t rows_left;   // rows of the matrix from this thread's first row on
-    int32_t k_left;      // bytes of a row from this thread's chunk on
-    uint32_t to;         // where the chunk goes, within a stage's part
+    // This thread's chunk in the K-block to load next, a pointer a pass (of the first share). Kept
+    // rather than computed at each use: the copies hold their address registers until the load
+    // unit takes them, and a pool of a few registers makes the warp wait for that.
+    const int8_t* from[kPassesPerShare];
+    int32_t rows_left;  // rows of the matrix from this thread's first row on
+    uint32_t to;        // where the chunk goes, within a stage's part
 
     __device__ __forceinline__ OperandLoader(const int8_t* base, int32_t first_row,
-                                             int32_t row_limit, int32_t k, int32_t k_block) {
+                                             int32_t row_limit, int32_t k, int32_t k_first) {
       const int chunk = threadIdx.x % kChunksPerRow;
       const int row = threadIdx.x / kChunksPerRow;
-      const int32_t k_first = k_block * kTile.block_k() + chunk * 16;
-      from = base + static_cast<int64_t>(first_row + row) * k + k_first;
       rows_left = row_limit - first_row - row;
-      k_left = k - k_first;
+#pragma unroll
+      for (int i = 0; i < kPassesPerShare; ++i) {
+        const int32_t source_row = min(first_row + row + i * kRowsPerPass, row_limit - 1);
+        from[i] = base + static_cast<int64_t>(source_row) * k + k_first;
+        if constexpr (kAligned) ptx::keep_in_register(from[i]);
+      }
       to = row * kRowBytes + (chunk ^ swizzle_key(row)) * 16;
+      ptx::keep_in_register(to);
     }
 
-    // Passes [kFirst, kLast) of the K-block; `stage` is the operand's part of the stage.
+    // Passes [kFirst, kLast) of the K-block, of which this thread's row has k_left bytes; `stage`
+    // is the operand's part of the stage.
     template <int kFirst, int kLast>
-    __device__ __forceinline__ void load(int32_t k, uint8_t* stage) const {
+    __device__ __forceinline__ void load(int32_t k_left, uint8_t* stage) const {
       const uint32_t stage_address = ptx::shared_address(stage);
 #pragma unroll
       for (int pass = kFirst; pass < kLast; ++pass) {
         const int row = pass % kPassesPerShare * kRowsPerPass;  // beyond the thread's first
         const int share = pass / kPassesPerShare * kRowBytes;
-        const int8_t* source = from + static_cast<int64_t>(row) * k + share;
-        const int32_t valid = row < rows_left ? k_left - share : 0;
+        const int8_t* source = from[pass % kPassesPerShare] + share;
+        const int32_t valid = kZeroRows && row >= rows_left ? 0 : k_left - share;
         // A thread's first row is below kRowsPerPass, so the keys of the two parts do not carry
         // into each other: key(first + row) = key(first) ^ key(row).
         const uint32_t place = (to ^ (swizzle_key(row) * 16)) + pass * kRowsPerPass * kRowBytes;
@@ -126,8 +142,8 @@ struct GemmKernel {
     }
 
     __device__ __forceinline__ void next_k_block() {
-      from += kTile.block_k();
-      k_left -= kTile.block_k();
+#pragma unroll
+      for (const int8_t*& pointer : from) pointer += kTile.block_k();
     }
 
    private:
@@ -137,18 +153,26 @@ struct GemmKernel {
   };
 
   struct StageLoader {
+    int32_t k_left;  // bytes of a row from this thread's chunk on
     OperandLoader<kTile.block_m, true> a;
     OperandLoader<kTile.block_n, false> w;
 
+    __device__ __forceinline__ StageLoader(const GemmArgs& args, int32_t m_first, int32_t n_first,
+                                           int32_t k_first)
+        : k_left(args.k - k_first),
+          a(args.a, m_first, args.m, args.k, k_first),
+          w(args.w, n_first, args.n, args.k, k_first) {}
+
     // Part kPart of kParts of a stage; all parts together load it.
     template <int kPart, int kParts>
-    __device__ __forceinline__ void load(int32_t k, uint8_t* stage) const {
+    __device__ __forceinline__ void load(uint8_t* stage) const {
       constexpr int kA = decltype(a)::kPasses;
       constexpr int kW = decltype(w)::kPasses;
-      a.template load<kA * kPart / kParts, kA*(kPart + 1) / kParts>(k, stage);
-      w.template load<kW * kPart / kParts, kW*(kPart + 1) / kParts>(k, stage + kABytes);
+      a.template load<kA * kPart / kParts, kA*(kPart + 1) / kParts>(k_left, stage);
+      w.template load<kW * kPart / kParts, kW*(kPart + 1) / kParts>(k_left, stage + kABytes);
     }
     __device__ __forceinline__ void next_k_block() {
+      k_left -= kTile.block_k();
       a.next_k_block();
       w.next_k_block();
     }
@@ -165,13 +189,17 @@ struct GemmKernel {
   static __device__ __forceinline__ LaneAddresses lane_addresses(int lane, int warp_m, int warp_n,
                                                                  int warp_k) {
     const int place = lane % 8;
+    LaneAddresses at;
     const int a_row = warp_k * kTile.block_m + warp_m * kTile.warp_m() + place + 8 * (lane / 8 % 2);
     const int a_chunk = (lane / 16) ^ place;
     const int w_row = warp_k * kTile.block_n + warp_n * kTile.warp_n() + 8 * (place / 2) +
                       2 * (lane / 16) + place % 2;
     const int w_chunk = (lane / 8 % 2) ^ place;
-    return {static_cast<uint32_t>(a_row * kRowBytes + a_chunk * 16),
-            static_cast<uint32_t>(kABytes + w_row * kRowBytes + w_chunk * 16)};
+    at.a = static_cast<uint32_t>(a_row * kRowBytes + a_chunk * 16);
+    at.w = static_cast<uint32_t>(kABytes + w_row * kRowBytes + w_chunk * 16);
+    ptx::keep_in_register(at.a);
+    ptx::keep_in_register(at.w);
+    return at;
   }
 
   // Step s covers chunks 2 s and 2 s + 1: the place differs from step 0's in bits 5 and 6 alone.
@@ -192,12 +220,14 @@ struct GemmKernel {
 
   using Accumulators = int32_t[kMTiles][kGroups * 4][4];
 
+  // Rows of m16 tiles [kFirst, kLast).
+  template <int kFirst, int kLast>
   static __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f) {
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
+    for (int i = kFirst; i < kLast; ++i) {
 #pragma unroll
       for (int j = 0; j < kGroups * 4; ++j) {
-        const uint32_t(&w)[4] = f.w[j / 4][j % 4 / 2];
+        const uint32_t (&w)[4] = f.w[j / 4][j % 4 / 2];
         ptx::mma_m16n8k32_s8(acc[i][j], f.a[i], w[j % 2 * 2], w[j % 2 * 2 + 1]);
       }
     }
@@ -213,7 +243,7 @@ struct GemmKernel {
       return (((k - 1) * kWarpsMN + warp_mn) * kWords + word) * 32 + lane;
     };
     __syncthreads();
-    auto& flat = reinterpret_cast<int32_t(&)[kWords]>(acc);
+    auto& flat = reinterpret_cast<int32_t (&)[kWords]>(acc);
     if (warp_k > 0) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) sums[slot(warp_k, i)] = flat[i];
@@ -228,14 +258,17 @@ struct GemmKernel {
     }
   }
 
+  // The block's tile starts at (m_first, n_first) of the output, the warp's part at (tile_m,
+  // tile_n) of the tile.
   template <DType kOut, bool kVector>
   static __device__ __forceinline__ void store(const Accumulators& acc,
-                                               const ScaleEpilogue& epilogue, int32_t m_first,
-                                               int32_t n_first, int lane) {
+                                               const ScaleEpilogue& epilogue,
+                                               const Factors& factors, int32_t m_first,
+                                               int32_t n_first, int tile_m, int tile_n, int lane) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int32_t col = n_first + g * 32 + lane % 4 * 8;
-      const auto columns = epilogue.load_columns<kOut, kVector>(col);
+      const int tile_col = tile_n + g * 32 + lane % 4 * 8;
+      const auto columns = factors.columns(tile_col);
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) {
 #pragma unroll
@@ -243,8 +276,9 @@ struct GemmKernel {
           int32_t row_acc[8];
 #pragma unroll
           for (int e = 0; e < 8; ++e) row_acc[e] = acc[i][g * 4 + e / 2][half * 2 + e % 2];
-          epilogue.store_x8<kOut, kVector>(m_first + i * 16 + half * 8 + lane / 4, col, row_acc,
-                                           columns);
+          const int tile_row = tile_m + i * 16 + half * 8 + lane / 4;
+          epilogue.store_x8<kOut, kVector>(m_first + tile_row, n_first + tile_col, row_acc,
+                                           factors.a_scale[tile_row], columns);
         }
       }
     }
@@ -252,6 +286,8 @@ struct GemmKernel {
 
   static __device__ __forceinline__ void run(GemmArgs args) {
     extern __shared__ __align__(128) uint8_t shared[];
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_trigger();
 
     // Tiles in groups of kGroupM rows of tiles, column by column within a group: the blocks in
     // flight then share few rows of a and of w, and L2 serves the repeats.
@@ -276,19 +312,22 @@ struct GemmKernel {
     const LaneAddresses addresses = lane_addresses(lane, warp_m, warp_n, warp_k);
     const uint32_t shared_base = ptx::shared_address(shared);
 
-    StageLoader loader = {{args.a, m_first, args.m, args.k, k_begin},
-                          {args.w, n_first, args.n, args.k, k_begin}};
+    StageLoader loader(args, m_first, n_first,
+                       k_begin * kTile.block_k() + threadIdx.x % kChunksPerRow * 16);
 
     // Prologue: kStages - 1 K-blocks under way. A group is committed even where nothing was left to
     // load, so that "at most kStages - 2 groups pending" always means "the next block is here".
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
       if (s < count) {
-        loader.template load<0, 1>(args.k, shared + s * kTile.stage_bytes());
+        loader.template load<0, 1>(shared + s * kTile.stage_bytes());
         loader.next_k_block();
       }
       ptx::cp_async_commit_group();
     }
+    // Their latency passes beside that of the first K-blocks; the barrier publishes both.
+    __shared__ Factors factors;
+    factors.fetch(args.epilogue, m_first, n_first, kThreads);
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();
 
@@ -304,13 +343,16 @@ struct GemmKernel {
       const bool more = b + kStages - 1 < count;
       const auto run_step = [&]<int kStep>() {
         if (more) {
-          loader.template load<kStep, kSteps>(args.k, shared + write_stage * kTile.stage_bytes());
+          loader.template load<kStep, kSteps>(shared + write_stage * kTile.stage_bytes());
         }
         if constexpr (kStep + 1 < kSteps) {
-          load_fragments(fragments[(kStep + 1) % 2],
-                         shared_base + read_stage * kTile.stage_bytes(), addresses, kStep + 1);
+          load_fragments(fragments[(kStep + 1) % 2], shared_base + read_stage * kTile.stage_bytes(),
+                         addresses, kStep + 1);
         } else {
           ptx::cp_async_commit_group();
+          // Half of the products before the barrier, half after: the tensor cores have work while
+          // the block's warps meet and while the next fragments arrive.
+          multiply<0, kMTiles / 2>(acc, fragments[kStep % 2]);
           if (b + 1 < count) {
             ptx::cp_async_wait_group<kStages - 2>();
             __syncthreads();
@@ -318,7 +360,7 @@ struct GemmKernel {
                            0);
           }
         }
-        multiply(acc, fragments[kStep % 2]);
+        multiply<kStep + 1 < kSteps ? 0 : kMTiles / 2, kMTiles>(acc, fragments[kStep % 2]);
       };
       run_step.template operator()<0>();
       run_step.template operator()<1>();
@@ -335,12 +377,12 @@ struct GemmKernel {
     }
     if (gridDim.y > 1) {
       // A split's sums go to a slab of its own.
-      args.epilogue.out = static_cast<int32_t*>(args.epilogue.out) +
-                          static_cast<int64_t>(split) * args.m * args.n;
+      args.epilogue.out =
+          static_cast<int32_t*>(args.epilogue.out) + static_cast<int64_t>(split) * args.m * args.n;
     }
     args.epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
-      store<kOut, kVector>(acc, args.epilogue, m_first + warp_m * kTile.warp_m(),
-                           n_first + warp_n * kTile.warp_n(), lane);
+      store<kOut, kVector>(acc, args.epilogue, factors, m_first, n_first, warp_m * kTile.warp_m(),
+                           warp_n * kTile.warp_n(), lane);
     });
   }
 };
