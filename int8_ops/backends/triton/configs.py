@@ -6,10 +6,13 @@ bits, so a wrong guess costs time and nothing else.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 # What the tuner times for a problem: enough to forgive the model, few enough to tune in a second.
-MAX_TIMED = 8
+MAX_TIMED = 10
+# Of one tile, with other stages and warps, so that the shortlist holds several tiles.
+MAX_TIMED_PER_TILE = 3
 
 # Hopper's int8 rates a clock and SM, which set how compute, loads and stores weigh against each
 # other. A part with other rates gets a slightly worse shortlist, not a wrong one.
@@ -143,7 +146,14 @@ def shortlist(
         and config.block_k <= max_k
         and config.smem_bytes <= device.smem_bytes
     ]
-    return sorted(fitting, key=lambda c: estimated_clocks(c, m, n, k, out_bytes, device))[:limit]
+    chosen: list[MatmulConfig] = []
+    taken: Counter[tuple[int, int]] = Counter()
+    for config in sorted(fitting, key=lambda c: estimated_clocks(c, m, n, k, out_bytes, device)):
+        tile = (config.block_m, config.block_n)
+        if taken[tile] < MAX_TIMED_PER_TILE and len(chosen) < limit:
+            taken[tile] += 1
+            chosen.append(config)
+    return chosen
 
 
 def quantize_shortlist(rows: int, cols: int) -> list[QuantizeConfig]:
@@ -155,7 +165,6 @@ def quantize_shortlist(rows: int, cols: int) -> list[QuantizeConfig]:
         for threads in (128, 256, 64, 32, 512, 1024):
             block_rows = elements_per_thread * threads // block_cols
             fits = block_rows >= 1 and (block_rows <= next_power_of_2(rows) or threads == 32)
-            # Rows split over as many warps as it takes; over 64 rows only the tail grows.
-            if fits and block_rows <= 64:
+            if fits:
                 configs.append(QuantizeConfig(block_rows, block_cols, threads // 32))
     return configs[:6] or [QuantizeConfig(1, block_cols, 1)]

@@ -92,7 +92,9 @@ def _quantize(x, scale, usable, FMA_DIVISION: tl.constexpr):
     return tl.where(usable, q, 0)
 
 
-@triton.jit
+# The number of rows changes from call to call and no address depends on what divides it: one
+# compiled kernel serves them all.
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rows_kernel(
     x_ptr,
     q_ptr,
@@ -180,7 +182,7 @@ def quantize_columns_kernel(
         q_tile += step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def matmul_kernel(
     a_ptr,
     w_ptr,
