@@ -1,7 +1,8 @@
-"""The gradient of ``int8_linear``: straight-through for x, none for weights, scales and bias.
+"""The gradient of ``int8_linear``: straight-through for x, exact for the bias, none for weights.
 
 The forward rounds x to int8; its backward treats that rounding as the identity, so
 ``grad_x = grad_y @ dequantize(w)`` in the gradient's dtype (Bengio et al. 2013, arXiv:1308.3432).
+The int8 weight and its scale are constants and get no gradient; the bias gets ``sum(grad_y)``.
 """
 
 from __future__ import annotations
@@ -11,27 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _extension
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``q * scale`` in float32, rounded once: the op, or the same bits in PyTorch without it."""
+    if _extension.covers(q.device.type):
+        out: Tensor = torch.ops.int8_ops.dequantize.default(q, scale, dtype)
+        return out
+    return (q.to(torch.float32) * scale).to(dtype)
+
 
 def grad_x(grad_y: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """``grad_y [..., N]``, int8 ``w [N, K]`` and its scale ``[N, 1]`` -> ``[..., K]``."""
-    dequantize = torch.ops.int8_ops.dequantize.default
     return grad_y @ dequantize(w, w_scale, grad_y.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, w_scale = inputs[:3]
+def grad_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad_y [..., N]`` summed over all but the last dimension, in float32 -> ``[N]``."""
+    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+
+
+def save_for_backward(ctx: Any, x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    """Keep what ``gradients`` needs: the int8 weight, not its float copy."""
     ctx.save_for_backward(w, w_scale)
     ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(grad of x, grad of bias), each None where it is not needed."""
     w, w_scale = ctx.saved_tensors
-    grad = grad_x(grad_y, w, w_scale).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-    return grad, None, None, None, None
+    x = grad_x(grad_y, w, w_scale).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[3]
+    return x, grad_bias(grad_y, ctx.bias_dtype) if wants_bias else None
 
 
-def register() -> None:
-    """Attach the gradient to the op; called once, when the package is imported."""
-    torch.library.register_autograd(
-        "int8_ops::int8_linear", _backward, setup_context=_setup_context
-    )
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save_for_backward(ctx, *inputs[:4])
+
+
+def register(op: str, inputs: int, lib: torch.library.Library | None = None) -> None:
+    """Attach the gradient to an op that takes (x, w, w_scale, bias, ...), ``inputs`` in all."""
+
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = gradients(ctx, grad_y)
+        return (x, None, None, bias, *([None] * (inputs - 4)))
+
+    torch.library.register_autograd(op, backward, setup_context=_setup_context, lib=lib)

@@ -28,7 +28,8 @@ MAX_K = 131_071
 def _quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     xf = x.to(torch.float32)
     amax = xf.abs().amax(dim=dim, keepdim=True)
-    # A tensor, not a Python number: torch's CUDA division by a number multiplies by its reciprocal.
+    # A tensor as divisor: on CUDA, torch divides by a Python number through its reciprocal, which
+    # is not the correctly rounded quotient.
     scale = amax / torch.full_like(amax, QUANT_MAX)
     usable = scale >= MIN_NORMAL_SCALE
     finite = torch.isfinite(xf).all(dim=dim, keepdim=True)
@@ -45,7 +46,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_per_channel(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
-    """``w [N, K]`` -> int8 and a scale a row ``[N, 1]`` (axis 0) or a column ``[1, K]`` (axis 1)."""
+    """``w [N, K]`` -> int8, and a scale a row ``[N, 1]`` (axis 0) or a column ``[1, K]``."""
     return _quantize(w, 1 if axis % 2 == 0 else 0)
 
 

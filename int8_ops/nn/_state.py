@@ -1,0 +1,65 @@
+"""What modules with int8 buffers share: dtypes that survive casts and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+
+
+def apply_keeping_dtypes(
+    module: nn.Module,
+    names: tuple[str, ...],
+    base_apply: Callable[..., Any],
+    fn: Callable[[Tensor], Tensor],
+    recurse: bool,
+) -> None:
+    """``nn.Module._apply`` that may move the named buffers but never casts them.
+
+    A cast there and back would already have lost bits of a float32 scale, so a buffer that ``fn``
+    cast is moved anew from its original.
+    """
+    kept = {name: module._buffers.pop(name) for name in names}
+    try:
+        base_apply(fn, recurse)
+    finally:
+        module._buffers.update(kept)
+    for name, original in kept.items():
+        if original is None:
+            continue
+        with torch.no_grad():
+            moved = fn(original)
+        module._buffers[name] = (
+            moved if moved.dtype == original.dtype else original.to(moved.device)
+        )
+
+
+def dtype_errors(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    expected: Mapping[str, torch.dtype],
+    hint: str,
+) -> list[str]:
+    """One message for each entry whose dtype would be cast, with loss, by loading it."""
+    errors = []
+    for name, dtype in expected.items():
+        value = state_dict.get(prefix + name)
+        if value is not None and value.dtype != dtype:
+            errors.append(
+                f"{type(module).__name__}: expected {prefix}{name} of dtype {dtype}, "
+                f"got {value.dtype}; {hint}"
+            )
+    return errors
+
+
+def describe_backend(name: str, device: torch.device) -> str:
+    """``auto (cpu)``, ``triton``, or the reason a named backend cannot be used there."""
+    if name == "auto":
+        return f"auto ({backends.backend_for(device)})"
+    reason = backends.unavailable_reason(name, device)
+    return name if reason is None else f"{name} (unavailable on {device.type}: {reason})"

@@ -1,0 +1,50 @@
+"""Devices for the tests: everything runs on the CPU, and again on CUDA where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import int8_ops.backends
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        ("cpu", "cpu"),
+        ("fallback", "cpu"),
+        *(
+            pytest.param((name, "cuda"), marks=pytest.mark.gpu)
+            for name in ("cuda", "triton", "torch", "fallback")
+        ),
+    ],
+    ids=lambda pair: f"{pair[0]}-on-{pair[1]}",
+)
+def backend_on(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
+    """A backend that this machine has, and a device it runs on."""
+    name, kind = request.param
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    reason = int8_ops.backends.unavailable_reason(name, device)
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return name, device
