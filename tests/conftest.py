@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -20,6 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small tensors: on a busy machine, threads that share one mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -43,7 +54,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def backend_on(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
     """A backend that this machine has, and a device it runs on."""
     name, kind = request.param
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    device = (
+        torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    )
     reason = int8_ops.backends.unavailable_reason(name, device)
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")

@@ -23,19 +23,23 @@ def apply_keeping_dtypes(
     A cast there and back would already have lost bits of a float32 scale, so a buffer that ``fn``
     cast is moved anew from its original.
     """
-    kept = {name: module._buffers.pop(name) for name in names}
+    buffers = module._buffers
+    before = dict(buffers)
+    for name in names:
+        del buffers[name]
     try:
         base_apply(fn, recurse)
     finally:
-        module._buffers.update(kept)
-    for name, original in kept.items():
+        after = dict(buffers)
+        buffers.clear()  # refilled in the order before, which is that of the state dict
+        buffers.update({**before, **after})
+    for name in names:
+        original = before[name]
         if original is None:
             continue
         with torch.no_grad():
             moved = fn(original)
-        module._buffers[name] = (
-            moved if moved.dtype == original.dtype else original.to(moved.device)
-        )
+        buffers[name] = moved if moved.dtype == original.dtype else original.to(moved.device)
 
 
 def dtype_errors(

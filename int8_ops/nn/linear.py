@@ -141,9 +141,7 @@ class INT8Linear(nn.Module):
         w, scale, bias = buffers["weight"], buffers["weight_scale"], buffers["bias"]
         if backends.wants_grad(x, bias):
             return backends.int8_linear(x, w, scale, bias, None, self.backend)  # type: ignore[arg-type]
-        out_dtype = None
-        if torch.is_autocast_enabled(self._device_type):
-            out_dtype = torch.get_autocast_dtype(self._device_type)
+        out_dtype = backends.autocast_dtype(self._device_type)
         y: Tensor = self._linear(x, w, scale, bias, out_dtype)
         return y
 
