@@ -250,7 +250,12 @@ ext_modules = [
     ),
     Extension(
         "int8_ops._build",
-        ["csrc/build_info/module.cpp", "csrc/cpu/isa.cpp", *sources("cuda/heuristics/*.cpp")],
+        [
+            "csrc/build_info/module.cpp",
+            "csrc/cpu/isa.cpp",
+            "csrc/cuda/arch_list.cpp",
+            *sources("cuda/heuristics/*.cpp"),
+        ],
         define_macros=build_info_macros(),
         extra_compile_args=CXX_FLAGS,
         depends=["setup.py", "int8_ops/_version.py", *sources("**/*.h")],
@@ -263,6 +268,7 @@ if build_cuda:
         CUDAExtension(
             "int8_ops._C_cuda",
             sources("cuda/*.cpp", "cuda/heuristics/*.cpp", "cuda/**/*.cu"),
+            define_macros=build_info_macros(),
             extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS]},
             depends=["setup.py", *sources("**/*.h", "**/*.cuh")],
             py_limited_api=True,

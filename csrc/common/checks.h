@@ -28,11 +28,11 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define INT8_OPS_CHECK(cond, ...)     \
-  do {                                \
-    if (!(cond)) [[unlikely]] {       \
-      ::int8_ops::fail(__VA_ARGS__);  \
-    }                                 \
+#define INT8_OPS_CHECK(cond, ...)    \
+  do {                               \
+    if (!(cond)) [[unlikely]] {      \
+      ::int8_ops::fail(__VA_ARGS__); \
+    }                                \
   } while (false)
 
 inline std::string shape_string(const Tensor& t) {
@@ -59,9 +59,12 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
 // float32, float16 or bfloat16; anything else is refused by name.
 inline DType float_dtype(const char* op, const char* name, ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
     default:
       fail(op, ": expected ", name, " of dtype Float, Half or BFloat16, got ", dtype_name(type));
   }
@@ -77,8 +80,8 @@ inline RowsCols rows_cols(const char* op, const char* name, const Tensor& t) {
   INT8_OPS_CHECK(t.dim() >= 1, op, ": expected ", name, " of at least 1 dimension, got a scalar");
   RowsCols shape{1, t.size(t.dim() - 1)};
   for (int64_t i = 0; i + 1 < t.dim(); ++i) shape.rows *= t.size(i);
-  INT8_OPS_CHECK(shape.cols > 0, op, ": expected ", name, " with a last dimension of at least 1, got ",
-                 shape_string(t));
+  INT8_OPS_CHECK(shape.cols > 0, op, ": expected ", name,
+                 " with a last dimension of at least 1, got ", shape_string(t));
   return shape;
 }
 

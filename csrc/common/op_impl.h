@@ -79,9 +79,8 @@ struct OpImpl {
     typename Policy::Guard guard(w);
     const Tensor w_c = as_contiguous(w);
     Tensor q = empty_on_device_of(w, {shape.rows, shape.cols}, ScalarType::Char);
-    Tensor scale =
-        per_col ? empty_on_device_of(w, {1, shape.cols}, ScalarType::Float)
-                : empty_on_device_of(w, {shape.rows, 1}, ScalarType::Float);
+    Tensor scale = per_col ? empty_on_device_of(w, {1, shape.cols}, ScalarType::Float)
+                           : empty_on_device_of(w, {shape.rows, 1}, ScalarType::Float);
     run_quantize(w_c, dtype, q, scale, shape, per_col);
     return {q, scale};
   }
@@ -170,8 +169,7 @@ struct OpImpl {
     const int64_t q_bytes = align_up(shape.m * shape.k);
     const int64_t scale_bytes = align_up(shape.m * static_cast<int64_t>(sizeof(float)));
     const int64_t extra_bytes = Policy::matmul_workspace_bytes(p);
-    Tensor scratch =
-        empty_on_device_of(x, {q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
+    Tensor scratch = empty_on_device_of(x, {q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
     auto* base = static_cast<char*>(scratch.mutable_data_ptr());
 
     QuantizeParams quantize;
@@ -267,12 +265,12 @@ struct OpImpl {
 };
 
 // Registers every op of a device module; Policy as above.
-#define INT8_OPS_REGISTER_IMPLS(m, Policy)                                            \
-  m.impl("quantize_per_token", TORCH_BOX(&OpImpl<Policy>::quantize_per_token));       \
-  m.impl("quantize_per_channel", TORCH_BOX(&OpImpl<Policy>::quantize_per_channel));   \
-  m.impl("dequantize", TORCH_BOX(&OpImpl<Policy>::dequantize));                       \
-  m.impl("int8_mm", TORCH_BOX(&OpImpl<Policy>::int8_mm));                             \
-  m.impl("int8_scaled_mm", TORCH_BOX(&OpImpl<Policy>::int8_scaled_mm));               \
+#define INT8_OPS_REGISTER_IMPLS(m, Policy)                                          \
+  m.impl("quantize_per_token", TORCH_BOX(&OpImpl<Policy>::quantize_per_token));     \
+  m.impl("quantize_per_channel", TORCH_BOX(&OpImpl<Policy>::quantize_per_channel)); \
+  m.impl("dequantize", TORCH_BOX(&OpImpl<Policy>::dequantize));                     \
+  m.impl("int8_mm", TORCH_BOX(&OpImpl<Policy>::int8_mm));                           \
+  m.impl("int8_scaled_mm", TORCH_BOX(&OpImpl<Policy>::int8_scaled_mm));             \
   m.impl("int8_linear", TORCH_BOX(&OpImpl<Policy>::int8_linear))
 
 }  // namespace int8_ops

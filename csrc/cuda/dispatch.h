@@ -1,0 +1,17 @@
+// From a problem to an architecture's kernel: reads the device's facts once, picks path and plan.
+#pragma once
+
+#include "../common/params.h"
+
+namespace int8_ops::cuda {
+
+// Bytes of device memory that matmul() wants in p.workspace.
+int64_t matmul_workspace_bytes(const MatmulParams& p);
+
+// int8 matmul with the epilogue that p asks for, on the context's device and stream.
+void matmul(const MatmulParams& p);
+
+// Throws unless the context's device can run what was compiled.
+void require_supported_device(const ExecContext& ctx);
+
+}  // namespace int8_ops::cuda

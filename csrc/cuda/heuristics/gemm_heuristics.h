@@ -1,0 +1,49 @@
+// Which tile and split a GEMM problem gets: candidates -> cost -> choice. Pure host code, no torch,
+// no CUDA: tested on any machine through int8_ops._build.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gemm_tiles.h"
+
+namespace int8_ops::cuda {
+
+struct GemmProblem {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t out_bytes;  // of one element of the output
+};
+
+// What the choice needs to know of a device.
+struct DeviceFacts {
+  int32_t sm_count;
+  int32_t shared_bytes_per_block;  // the opt-in limit
+};
+
+struct GemmPlan {
+  int32_t tile;    // index into kGemmTiles
+  int32_t splits;  // along K, each a block of its own; 1: none
+  double cost;     // predicted multiprocessor cycles, for comparison only
+
+  const GemmTile& geometry() const { return kGemmTiles[tile]; }
+};
+
+// K-blocks that each split gets, and the splits that are then not empty.
+int64_t k_blocks_per_split(const GemmTile& tile, int64_t k, int32_t splits);
+
+// int32 partial sums, one slab a split; 0 without a split.
+int64_t gemm_workspace_bytes(const GemmProblem& problem, const GemmPlan& plan);
+
+// Every plan the device can run, with its cost, cheapest first.
+std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFacts& device);
+
+// The cheapest plan.
+GemmPlan select_gemm_plan(const GemmProblem& problem, const DeviceFacts& device);
+
+// "128x256x128 w2x4x1 s3 split 1", as INT8_OPS_PRINT_CONFIG=1 prints it.
+std::string describe(const GemmPlan& plan);
+
+}  // namespace int8_ops::cuda

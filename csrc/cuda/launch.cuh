@@ -1,0 +1,77 @@
+// The only place that launches a kernel: shared-memory limit, stream, launch check.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "../common/params.h"
+
+namespace int8_ops::cuda {
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;
+};
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("int8_ops: ") + what +
+                           " failed: " + cudaGetErrorString(status));
+}
+
+// A block gets more than this much dynamic shared memory only after the kernel's limit was raised.
+inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
+inline constexpr int kMaxDevices = 64;
+
+// Note [Dependent launch]
+// On sm_90 and up a kernel is launched so that its blocks may become resident while the kernel
+// before it drains: the launch latency is then hidden. Every kernel here begins with
+// ptx::grid_dependency_wait(), before it touches memory, and every thread of it executes that, so
+// that a finished kernel implies that all kernels before it are finished. It then calls
+// ptx::grid_dependency_trigger(): its own blocks all run or have run by the time a successor
+// starts.
+inline bool supports_dependent_launch(int device) {
+  static std::array<std::atomic<int>, kMaxDevices> major{};  // 0: not asked yet
+  auto& cached = major.at(static_cast<size_t>(device));
+  int value = cached.load(std::memory_order_relaxed);
+  if (value == 0) {
+    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device),
+               "reading the compute capability");
+    cached.store(value, std::memory_order_relaxed);
+  }
+  return value >= 9;
+}
+
+// Launches kKernel on the context's stream. The context's device is current: ops.cpp guards it.
+template <auto kKernel, typename... Args>
+void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, Args... args) {
+  if (shape.shared_bytes > kDefaultSharedBytes) {
+    // Raised once a kernel and device; two threads that race here set the same limit twice.
+    static std::array<std::atomic<size_t>, kMaxDevices> raised_to{};
+    auto& limit = raised_to.at(static_cast<size_t>(ctx.device_index));
+    if (limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
+      check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 name);
+      limit.store(shape.shared_bytes, std::memory_order_relaxed);
+    }
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(ctx.stream);
+  config.attrs = &attribute;
+  config.numAttrs = supports_dependent_launch(ctx.device_index) ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), name);
+}
+
+}  // namespace int8_ops::cuda

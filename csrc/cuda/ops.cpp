@@ -1,0 +1,57 @@
+// The CUDA implementations: device, stream and launchers behind the op bodies of op_impl.h.
+#include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../common/op_impl.h"
+#include "dispatch.h"
+#include "quantize/quantize.h"
+
+namespace int8_ops::cuda {
+namespace {
+
+struct CudaPolicy {
+  // Makes the tensor's device current. Most callers are on it already: then nothing is switched.
+  struct Guard {
+    explicit Guard(const Tensor& t) {
+      int current = -1;
+      if (cudaGetDevice(&current) != cudaSuccess || current != t.get_device_index()) {
+        guard.emplace(t.get_device_index());
+      }
+    }
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  };
+
+  static ExecContext context(const Tensor& t) {
+    ExecContext ctx;
+    ctx.device_index = t.get_device_index();
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(ctx.device_index, &ctx.stream));
+    require_supported_device(ctx);
+    return ctx;
+  }
+
+  static void quantize(const QuantizeParams& p) {
+    p.scale_per_col ? quantize_cols(p) : quantize_rows(p);
+  }
+  static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
+  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
+    return cuda::matmul_workspace_bytes(p);
+  }
+  static void matmul(const MatmulParams& p) { cuda::matmul(p); }
+};
+
+}  // namespace
+}  // namespace int8_ops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(int8_ops, CUDA, m) {
+  using namespace int8_ops;
+  INT8_OPS_REGISTER_IMPLS(m, cuda::CudaPolicy);
+}
+
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

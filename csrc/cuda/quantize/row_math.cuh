@@ -1,0 +1,155 @@
+// The arithmetic of symmetric int8 quantization, exactly as the numerical contract has it
+// (int8_ops/reference.py), on values held in registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../common/numerics.h"
+#include "../ptx/max_nan.cuh"
+
+namespace int8_ops::cuda {
+
+// Eight neighbouring values: what a thread loads at once and writes as eight bytes.
+inline constexpr int kChunk = 8;
+
+// Exact conversions, spelled out: torch's flags disable the implicit ones.
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// A chunk in its storage dtype, with the exact conversion to float32.
+template <typename T>
+struct Chunk {
+  static_assert(sizeof(T) == 2);
+  uint4 raw;
+
+  __device__ __forceinline__ void load(const T* from) {
+    raw = __ldg(reinterpret_cast<const uint4*>(from));
+  }
+  __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
+
+  __device__ __forceinline__ float amax() const {
+    const float lo = pair_amax(max_pairs(raw.x, raw.y));
+    return ptx::max_nan_f32(lo, pair_amax(max_pairs(raw.z, raw.w)));
+  }
+  __device__ __forceinline__ void to_float(float (&x)[kChunk]) const {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      } else {
+        // A bfloat16 is the upper half of a float32.
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    }
+  }
+
+ private:
+  // max |.| of two pairs, kept as a pair; a NaN wins.
+  static __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Pair m = __hmax2_nan(__habs2(*reinterpret_cast<const Pair*>(&a)),
+                               __habs2(*reinterpret_cast<const Pair*>(&b)));
+    return *reinterpret_cast<const uint32_t*>(&m);
+  }
+  static __device__ __forceinline__ float pair_amax(uint32_t pair) {
+    if constexpr (std::is_same_v<T, __half>) {
+      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      return ptx::max_nan_f32(both.x, both.y);
+    } else {
+      return ptx::max_nan_f32(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    }
+  }
+};
+
+template <>
+struct Chunk<float> {
+  float4 lo;
+  float4 hi;
+
+  __device__ __forceinline__ void load(const float* from) {
+    lo = __ldg(reinterpret_cast<const float4*>(from));
+    hi = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  }
+  __device__ __forceinline__ void clear() { lo = hi = make_float4(0, 0, 0, 0); }
+  __device__ __forceinline__ void to_float(float (&x)[kChunk]) const {
+    x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w;
+    x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
+  }
+  __device__ __forceinline__ float amax() const {
+    float x[kChunk];
+    to_float(x);
+    float m = 0.0F;
+#pragma unroll
+    for (float v : x) m = ptx::max_nan_f32(m, fabsf(v));
+    return m;
+  }
+};
+
+// How a row is quantized, from its amax (NaN if the row holds one).
+struct RowScale {
+  float stored;   // what the caller gets: amax / 127, 1 for a zero row, NaN for a non-finite one
+  float divisor;  // amax / 127; unused where quantize() returns zeros
+  float inverse;  // 1 / divisor, or 0 for a zero row
+  bool finite;
+
+  static __device__ __forceinline__ RowScale from_amax(float amax) {
+    RowScale s;
+    s.finite = amax <= 3.402823466e38F;  // false for NaN as well
+    s.divisor = __fdiv_rn(amax, static_cast<float>(kQuantMax));
+    const bool usable = s.divisor >= kMinNormalScale;
+    s.inverse = usable ? __frcp_rn(s.divisor) : 0.0F;
+    s.stored = usable ? s.divisor : 1.0F;
+    if (!s.finite) s.stored = __int_as_float(0x7fc00000);
+    return s;
+  }
+};
+
+// Note [Multiply, then repair]
+// rint(RN(x / s)) is wanted. t = x * RN(1/s) is cheaper and off by little: relative errors of 2^-24
+// each for the reciprocal, the product and RN(x / s) itself keep the two within 127.5 * 3 * 2^-24
+// < 2.3e-5 of each other. So where t is further than that from every half-integer both round to
+// the same integer; where it is not (about one value in 20,000), the chunk divides.
+inline constexpr float kSurelyNotHalf = 0.49997F;
+
+// t + 1.5 * 2^23 leaves rint(t), ties to even, in the low mantissa bits, as two's complement.
+inline constexpr float kRintMagic = 12582912.0F;
+
+// |q| <= 127 needs no clamp: |x| <= amax and s = RN(amax / 127) keep |x / s| below 127.5.
+__device__ __forceinline__ uint2 quantize_chunk(const float (&x)[kChunk], const RowScale& s) {
+  uint32_t q[kChunk];
+  float worst = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const float t = __fmul_rn(x[i], s.inverse);
+    const float shifted = __fadd_rn(t, kRintMagic);
+    q[i] = __float_as_uint(shifted);
+    worst = fmaxf(worst, fabsf(__fsub_rn(t, __fsub_rn(shifted, kRintMagic))));
+  }
+  if (worst > kSurelyNotHalf && s.inverse != 0.0F) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      q[i] = __float_as_uint(__fadd_rn(__fdiv_rn(x[i], s.divisor), kRintMagic));
+    }
+  }
+  uint2 packed;
+  packed.x = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+  packed.y = __byte_perm(__byte_perm(q[4], q[5], 0x0040), __byte_perm(q[6], q[7], 0x0040), 0x5410);
+  if (!s.finite) packed = make_uint2(0, 0);
+  return packed;
+}
+
+__device__ __forceinline__ int8_t quantize_one(float x, const RowScale& s) {
+  if (!s.finite || s.inverse == 0.0F) return 0;
+  return static_cast<int8_t>(__float2int_rn(__fdiv_rn(x, s.divisor)));
+}
+
+}  // namespace int8_ops::cuda

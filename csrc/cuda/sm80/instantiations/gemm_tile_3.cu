@@ -1,0 +1,5 @@
+#include "../gemm.cuh"
+
+namespace int8_ops::cuda::sm80 {
+template void launch_gemm<3>(const GemmArgs&, bool, int32_t, const ExecContext&);
+}  // namespace int8_ops::cuda::sm80
