@@ -9,7 +9,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import re
 from typing import Any
 
 import torch
@@ -76,42 +75,27 @@ def device_facts() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     module = _extension.build_info.module
-    archs = module.info()["cuda_archs"] if module is not None else ""
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        capability = (properties.major, properties.minor)
+        major, minor = properties.major, properties.minor
+        if module is None:
+            reason = _extension.build_info.error
+        elif not module.info()["cuda_archs"]:
+            reason = "built without CUDA kernels"
+        else:
+            archs = module.info()["cuda_archs"]
+            reason = module.why_not_runnable(archs, major, minor) or None
         found.append(
             {
                 "name": properties.name,
-                "capability": f"{capability[0]}.{capability[1]}",
+                "capability": f"{major}.{minor}",
                 "memory_bytes": properties.total_memory,
                 "multiprocessors": properties.multi_processor_count,
-                "unsupported": unsupported_reason(archs, capability) if archs else "not built",
+                "unsupported": reason,
             }
         )
     return found
-
-
-def unsupported_reason(archs: str, capability: tuple[int, int]) -> str | None:
-    """None when code compiled for ``archs`` runs on a device of that capability, else why not.
-
-    ``archs`` is TORCH_CUDA_ARCH_LIST as built, such as ``"8.0+PTX;9.0a"``. Machine code runs on
-    its own major version from its minor on; with an ``a`` on that one capability alone; PTX on
-    everything from its capability on.
-    """
-    for major, minor, exact, ptx in re.findall(r"(\d+)\.(\d)(a?)(\+PTX)?", archs):
-        built = (int(major), int(minor))
-        if exact:
-            if capability == built:
-                return None
-        elif (ptx and capability >= built) or (capability[0] == built[0] and capability >= built):
-            return None
-    device = f"{capability[0]}.{capability[1]}"
-    return (
-        f"built for {archs.replace(';', ', ')}; this device is {device}: "
-        f"rebuild with TORCH_CUDA_ARCH_LIST={device}"
-    )
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
