@@ -62,12 +62,14 @@ PyObject* rank_gemm_plans(PyObject*, PyObject* args) {
   long long out_bytes = 0;
   int sm_count = 0;
   int shared_bytes = 0;
-  if (!PyArg_ParseTuple(args, "LLLLii", &m, &n, &k, &out_bytes, &sm_count, &shared_bytes)) {
+  int aligned = 1;
+  if (!PyArg_ParseTuple(args, "LLLLii|p", &m, &n, &k, &out_bytes, &sm_count, &shared_bytes,
+                        &aligned)) {
     return nullptr;
   }
   try {
-    const auto plans =
-        int8_ops::cuda::rank_gemm_plans({m, n, k, out_bytes}, {sm_count, shared_bytes});
+    const auto plans = int8_ops::cuda::rank_gemm_plans({m, n, k, out_bytes, aligned != 0},
+                                                       {sm_count, shared_bytes});
     PyObject* list = PyList_New(0);
     for (const auto& plan : plans) {
       PyObject* item = plan_to_dict(plan);
@@ -91,9 +93,10 @@ PyObject* gemm_tiles(PyObject*, PyObject*) {
   if (list == nullptr) return nullptr;
   for (const auto& tile : int8_ops::cuda::kGemmTiles) {
     PyObject* item =
-        Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i}", "block_m", tile.block_m, "block_n", tile.block_n,
-                      "block_k", tile.block_k(), "threads", tile.threads(), "stages", tile.stages,
-                      "shared_bytes", tile.shared_bytes(tile.stages));
+        Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:O}", "block_m", tile.block_m, "block_n",
+                      tile.block_n, "block_k", tile.block_k(), "threads", tile.threads(), "stages",
+                      tile.stages, "shared_bytes", tile.shared_bytes(tile.stages),
+                      "serves_unaligned", tile.serves_unaligned() ? Py_True : Py_False);
     if (item == nullptr || PyList_Append(list, item) != 0) {
       Py_XDECREF(item);
       Py_DECREF(list);
@@ -119,7 +122,8 @@ PyMethodDef kMethods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set the CPU kernels use."},
     {"gemm_tiles", gemm_tiles, METH_NOARGS, "Geometry of every instantiated CUDA GEMM tile."},
     {"rank_gemm_plans", rank_gemm_plans, METH_VARARGS,
-     "(m, n, k, out_bytes, sm_count, shared_bytes) -> plans for the CUDA GEMM, cheapest first."},
+     "(m, n, k, out_bytes, sm_count, shared_bytes, aligned=True) -> plans for the CUDA GEMM, "
+     "cheapest first."},
     {"why_not_runnable", why_not_runnable, METH_VARARGS,
      "(archs, major, minor) -> why a device of that capability can't run them, or an empty text."},
     {nullptr, nullptr, 0, nullptr},

@@ -51,6 +51,10 @@ const Device& device_of(const ExecContext& ctx) {
   return device;
 }
 
+GemmProblem problem_of(const MatmulParams& p) {
+  return {p.m, p.n, p.k, size_of(p.out_dtype), sm80::has_aligned_rows(p)};
+}
+
 // INT8_OPS_GEMM_CONFIG="tile:splits" forces a plan: for tests that must reach every tile, and for
 // measuring. Read at each call, so that one process can try several.
 bool forced_plan(GemmPlan& plan) {
@@ -69,9 +73,14 @@ bool forced_plan(GemmPlan& plan) {
 }
 
 GemmPlan plan_for(const MatmulParams& p) {
-  const GemmProblem problem = {p.m, p.n, p.k, size_of(p.out_dtype)};
+  const GemmProblem problem = problem_of(p);
   GemmPlan forced;
   if (forced_plan(forced)) {
+    if (!problem.aligned && !forced.geometry().serves_unaligned()) {
+      throw std::runtime_error(
+          "int8_ops: INT8_OPS_GEMM_CONFIG names " + describe(forced) +
+          ", which takes no rows that start unaligned (K = " + std::to_string(p.k) + ")");
+    }
     // Splits beyond the K-blocks would be empty.
     while (forced.splits > 1 &&
            (forced.splits - 1) * k_blocks_per_split(forced.geometry(), p.k, forced.splits) >=
@@ -82,7 +91,7 @@ GemmPlan plan_for(const MatmulParams& p) {
   }
   // A model calls with few shapes again and again.
   struct Entry {
-    GemmProblem problem{-1, -1, -1, -1};
+    GemmProblem problem{-1, -1, -1, -1, false};
     int32_t device = -1;
     GemmPlan plan{};
   };
@@ -91,7 +100,7 @@ GemmPlan plan_for(const MatmulParams& p) {
   Entry& entry = cache[(hash ^ (hash >> 8)) % cache.size()];
   const GemmProblem& seen = entry.problem;
   if (seen.m != p.m || seen.n != p.n || seen.k != p.k || seen.out_bytes != problem.out_bytes ||
-      entry.device != p.ctx.device_index) {
+      seen.aligned != problem.aligned || entry.device != p.ctx.device_index) {
     entry = {problem, p.ctx.device_index, select_gemm_plan(problem, device_of(p.ctx).facts)};
   }
   return entry.plan;
@@ -114,8 +123,7 @@ void require_supported_device(const ExecContext& ctx) {
 }
 
 int64_t matmul_workspace_bytes(const MatmulParams& p) {
-  const GemmProblem problem = {p.m, p.n, p.k, size_of(p.out_dtype)};
-  return gemm_workspace_bytes(problem, plan_for(p));
+  return gemm_workspace_bytes(problem_of(p), plan_for(p));
 }
 
 void matmul(const MatmulParams& p) {
@@ -130,7 +138,7 @@ void matmul(const MatmulParams& p) {
     std::fprintf(stderr, "int8_ops: gemm m %lld n %lld k %lld: %s\n", static_cast<long long>(p.m),
                  static_cast<long long>(p.n), static_cast<long long>(p.k), describe(plan).c_str());
   }
-  sm80::gemm(p, plan);
+  sm80::gemm(p, plan, device_of(p.ctx).facts.sm_count);
 }
 
 }  // namespace int8_ops::cuda

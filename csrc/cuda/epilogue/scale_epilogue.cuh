@@ -7,6 +7,7 @@
 // the sums are stored as they are.
 #pragma once
 
+#include "../ptx/cp_async.cuh"
 #include "convert.cuh"
 
 namespace int8_ops::cuda {
@@ -116,21 +117,22 @@ struct ScaleEpilogue {
 // The scales and the bias of one block's tile, in shared memory: fetched while the products run, so
 // that the epilogue does not wait for global memory row by row.
 template <int kRows, int kCols>
-struct EpilogueFactors {
+struct alignas(128) EpilogueFactors {
   float a_scale[kRows];
   alignas(16) float w_scale[kCols];
   alignas(16) float bias[kCols];
 
-  // All `threads` of the block call this; a barrier must follow before the values are read.
+  // All `threads` of the block call this. The values are there after the caller's next committed
+  // group of asynchronous copies was waited for, and a barrier.
   __device__ __forceinline__ void fetch(const ScaleEpilogue& e, int32_t m_first, int32_t n_first,
                                         int threads) {
     if (e.out_dtype == DType::kInt32) return;
     for (int i = threadIdx.x; i < kRows; i += threads) {
-      if (m_first + i < e.m) a_scale[i] = __ldg(e.a_scale + m_first + i);
+      if (m_first + i < e.m) ptx::cp_async_4(&a_scale[i], e.a_scale + m_first + i);
     }
     for (int i = threadIdx.x; i < kCols; i += threads) {
       if (n_first + i >= e.n) continue;
-      w_scale[i] = __ldg(e.w_scale + n_first + i);
+      ptx::cp_async_4(&w_scale[i], e.w_scale + n_first + i);
       if (e.bias != nullptr) bias[i] = load_float(e.bias, e.bias_dtype, n_first + i);
     }
   }

@@ -85,6 +85,7 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
   for (int32_t t = 0; t < static_cast<int32_t>(kNumGemmTiles); ++t) {
     const GemmTile& tile = kGemmTiles[t];
     if (tile.shared_bytes(tile.stages) > device.shared_bytes_per_block) continue;
+    if (!problem.aligned && !tile.serves_unaligned()) continue;
     for (const int32_t splits : kSplitCandidates) {
       // No empty split: the last one must still have a K-block.
       if (splits > 1 && (splits - 1) * k_blocks_per_split(tile, problem.k, splits) >=

@@ -15,6 +15,7 @@ struct GemmProblem {
   int64_t n;
   int64_t k;
   int64_t out_bytes;  // of one element of the output
+  bool aligned;       // every row of both operands starts 16-byte aligned
 };
 
 // What the choice needs to know of a device.

@@ -30,9 +30,16 @@ struct GemmTile {
   constexpr int32_t stage_bytes() const { return (block_m + block_n) * block_k(); }
   // The K-warps' partial sums reuse the stages' memory.
   constexpr int32_t reduce_bytes() const { return (warps_k - 1) * block_m * block_n * 4; }
+  // Scales and bias of this tile and the next, before the stages.
+  constexpr int32_t factor_bytes() const {
+    return 2 * (((block_m + 2 * block_n) * 4 + kRowBytes - 1) / kRowBytes * kRowBytes);
+  }
+  // Rows that do not start 16-byte aligned are copied byte by byte: that path costs registers, and
+  // its loads are the bottleneck, so only the smaller tiles have it.
+  constexpr bool serves_unaligned() const { return warp_m() * warp_n() <= 32 * 32; }
   constexpr int32_t shared_bytes(int32_t used_stages) const {
     const int32_t stages_bytes = used_stages * stage_bytes();
-    return stages_bytes > reduce_bytes() ? stages_bytes : reduce_bytes();
+    return factor_bytes() + (stages_bytes > reduce_bytes() ? stages_bytes : reduce_bytes());
   }
 };
 

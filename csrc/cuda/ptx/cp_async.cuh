@@ -29,6 +29,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// Copies 4 bytes.
+// PTX ISA: cp.async.ca.shared.global.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+
 // PTX ISA: cp.async.commit_group.
 __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -77,7 +77,11 @@ constexpr int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((
 
 }  // namespace
 
-void gemm(const MatmulParams& p, const GemmPlan& plan) {
+bool has_aligned_rows(const MatmulParams& p) {
+  return p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
+}
+
+void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
   const GemmTile& tile = plan.geometry();
   GemmArgs args;
   args.a = p.a;
@@ -87,8 +91,9 @@ void gemm(const MatmulParams& p, const GemmPlan& plan) {
   args.k = static_cast<int32_t>(p.k);
   args.m_tiles = ceil_div(p.m, tile.block_m);
   args.n_tiles = ceil_div(p.n, tile.block_n);
+  args.splits = plan.splits;
   args.k_blocks_per_split = static_cast<int32_t>(k_blocks_per_split(tile, p.k, plan.splits));
-  const bool aligned = p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
+  const bool aligned = has_aligned_rows(p);
   args.epilogue = {
       p.a_scale,
       p.w_scale,
@@ -100,13 +105,13 @@ void gemm(const MatmulParams& p, const GemmPlan& plan) {
       args.n,
       p.n % 8 == 0 && is_aligned_16(p.out) && is_aligned_16(p.w_scale) && is_aligned_16(p.bias)};
   if (plan.splits == 1) {
-    kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, 1, p.ctx);
+    kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, sm_count, p.ctx);
     return;
   }
   const ScaleEpilogue final_epilogue = args.epilogue;
   args.epilogue.out = p.workspace;
   args.epilogue.out_dtype = DType::kInt32;
-  kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, plan.splits, p.ctx);
+  kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, sm_count, p.ctx);
 
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(ceil_div(p.m * ceil_div(p.n, 8), kReduceThreads)));

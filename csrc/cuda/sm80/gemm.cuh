@@ -17,6 +17,8 @@
 // eight neighbours, stored 16 bytes at a time with no exchange between lanes.
 #pragma once
 
+#include <utility>
+
 #include "../../common/params.h"
 #include "../epilogue/scale_epilogue.cuh"
 #include "../heuristics/gemm_tiles.h"
@@ -24,158 +26,36 @@
 #include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_s8.cuh"
+#include "gemm_args.cuh"
+#include "stage_loader.cuh"
 
 namespace int8_ops::cuda::sm80 {
-
-struct GemmArgs {
-  const int8_t* a;
-  const int8_t* w;
-  int32_t m;
-  int32_t n;
-  int32_t k;
-  int32_t m_tiles;
-  int32_t n_tiles;
-  int32_t k_blocks_per_split;
-  ScaleEpilogue epilogue;
-};
-
-// Sixteen bytes of a row that starts at any address, of which `valid` exist; the rest are zeros.
-// Out of line: it must not crowd the path that every aligned matrix takes.
-inline __device__ __noinline__ void copy_unaligned_16(uint8_t* shared, const int8_t* global,
-                                                      int32_t valid) {
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    if (i < valid) {
-      const auto byte = static_cast<uint8_t>(__ldg(global + i));
-      words[i / 4] |= static_cast<uint32_t>(byte) << (8 * (i % 4));
-    }
-  }
-  *reinterpret_cast<uint4*>(shared) = make_uint4(words[0], words[1], words[2], words[3]);
-}
 
 // kAligned: every row of a and w starts 16-byte aligned, so that cp.async can move it.
 template <GemmTile kTile, bool kAligned>
 struct GemmKernel {
   static constexpr int kRowBytes = GemmTile::kRowBytes;
-  static constexpr int kChunksPerRow = kRowBytes / 16;
   static constexpr int kStages = kTile.stages;
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kRowsPerPass = kThreads / kChunksPerRow;
   static constexpr int kMTiles = kTile.warp_m() / 16;
   static constexpr int kGroups = kTile.warp_n() / 32;  // groups of four n8 tiles
   static constexpr int kSteps = kRowBytes / 32;        // k32 steps of a row
+  static constexpr int kMeet = kMTiles / 2;            // where in the last step the warps meet
   static constexpr int kABytes = kTile.block_m * kTile.block_k();
+
+  using Factors = EpilogueFactors<kTile.block_m, kTile.block_n>;
+  using Loader = StageLoader<kTile, kAligned>;
 
   static_assert(kTile.warp_m() % 16 == 0 && kTile.warp_n() % 32 == 0,
                 "a warp computes whole m16 tiles and whole groups of 32 columns");
-  static_assert(kTile.block_m * kTile.warps_k % kRowsPerPass == 0 &&
-                    kTile.block_n * kTile.warps_k % kRowsPerPass == 0,
-                "the threads load both operands in whole passes");
-  static_assert(kSteps == 4, "run() spells its four steps out");
+  static_assert(2 * sizeof(Factors) == kTile.factor_bytes() && sizeof(Factors) % 128 == 0,
+                "the stages after the factors keep the alignment that the swizzle counts on");
+  static_assert(kSteps == 4, "multiply_tile() spells its four steps out");
   static_assert(kStages >= 2, "a stage is loaded while another is read");
-
-  using Factors = EpilogueFactors<kTile.block_m, kTile.block_n>;
 
   struct Fragments {
     uint32_t a[kMTiles][4];
     uint32_t w[kGroups][2][4];  // two pairs of n8 tiles a group
-  };
-
-  // ---- global -> shared ----------------------------------------------------------------------
-
-  // One thread's part in loading one operand. Threads form kRowsPerPass rows of eight chunks and
-  // take a stage in passes; what differs between passes is then a constant.
-  //
-  // Rows beyond the matrix give sums that are never stored, so they may hold anything: the tiles
-  // for many rows read the last row again, with no predicate. The tiles for few rows would multiply
-  // their traffic by that, and load zeros instead.
-  template <int kRows, bool kIsA>
-  struct OperandLoader {
-    static constexpr int kPasses = kRows * kTile.warps_k / kRowsPerPass;
-    static constexpr int kPassesPerShare = kRows / kRowsPerPass;
-    static constexpr bool kZeroRows = kIsA && kRows <= 32;
-    static_assert(kRows % kRowsPerPass == 0, "a pass lies within one K-warp's share");
-
-    // This thread's chunk in the K-block to load next, a pointer a pass (of the first share). Kept
-    // rather than computed at each use: the copies hold their address registers until the load
-    // unit takes them, and a pool of a few registers makes the warp wait for that.
-    const int8_t* from[kPassesPerShare];
-    int32_t rows_left;  // rows of the matrix from this thread's first row on
-    uint32_t to;        // where the chunk goes, within a stage's part
-
-    __device__ __forceinline__ OperandLoader(const int8_t* base, int32_t first_row,
-                                             int32_t row_limit, int32_t k, int32_t k_first) {
-      const int chunk = threadIdx.x % kChunksPerRow;
-      const int row = threadIdx.x / kChunksPerRow;
-      rows_left = row_limit - first_row - row;
-#pragma unroll
-      for (int i = 0; i < kPassesPerShare; ++i) {
-        const int32_t source_row = min(first_row + row + i * kRowsPerPass, row_limit - 1);
-        from[i] = base + static_cast<int64_t>(source_row) * k + k_first;
-        if constexpr (kAligned) ptx::keep_in_register(from[i]);
-      }
-      to = row * kRowBytes + (chunk ^ swizzle_key(row)) * 16;
-      ptx::keep_in_register(to);
-    }
-
-    // Passes [kFirst, kLast) of the K-block, of which this thread's row has k_left bytes; `stage`
-    // is the operand's part of the stage.
-    template <int kFirst, int kLast>
-    __device__ __forceinline__ void load(int32_t k_left, uint8_t* stage) const {
-      const uint32_t stage_address = ptx::shared_address(stage);
-#pragma unroll
-      for (int pass = kFirst; pass < kLast; ++pass) {
-        const int row = pass % kPassesPerShare * kRowsPerPass;  // beyond the thread's first
-        const int share = pass / kPassesPerShare * kRowBytes;
-        const int8_t* source = from[pass % kPassesPerShare] + share;
-        const int32_t valid = kZeroRows && row >= rows_left ? 0 : k_left - share;
-        // A thread's first row is below kRowsPerPass, so the keys of the two parts do not carry
-        // into each other: key(first + row) = key(first) ^ key(row).
-        const uint32_t place = (to ^ (swizzle_key(row) * 16)) + pass * kRowsPerPass * kRowBytes;
-        if constexpr (kAligned) {
-          ptx::cp_async_16(stage_address + place, source, valid > 0 ? 16 : 0);
-        } else {
-          copy_unaligned_16(stage + place, source, valid);
-        }
-      }
-    }
-
-    __device__ __forceinline__ void next_k_block() {
-#pragma unroll
-      for (const int8_t*& pointer : from) pointer += kTile.block_k();
-    }
-
-   private:
-    static constexpr __host__ __device__ int swizzle_key(int row) {
-      return kIsA ? row % 8 : (row / 8 % 4) * 2 + row % 2;
-    }
-  };
-
-  struct StageLoader {
-    int32_t k_left;  // bytes of a row from this thread's chunk on
-    OperandLoader<kTile.block_m, true> a;
-    OperandLoader<kTile.block_n, false> w;
-
-    __device__ __forceinline__ StageLoader(const GemmArgs& args, int32_t m_first, int32_t n_first,
-                                           int32_t k_first)
-        : k_left(args.k - k_first),
-          a(args.a, m_first, args.m, args.k, k_first),
-          w(args.w, n_first, args.n, args.k, k_first) {}
-
-    // Part kPart of kParts of a stage; all parts together load it.
-    template <int kPart, int kParts>
-    __device__ __forceinline__ void load(uint8_t* stage) const {
-      constexpr int kA = decltype(a)::kPasses;
-      constexpr int kW = decltype(w)::kPasses;
-      a.template load<kA * kPart / kParts, kA*(kPart + 1) / kParts>(k_left, stage);
-      w.template load<kW * kPart / kParts, kW*(kPart + 1) / kParts>(k_left, stage + kABytes);
-    }
-    __device__ __forceinline__ void next_k_block() {
-      k_left -= kTile.block_k();
-      a.next_k_block();
-      w.next_k_block();
-    }
   };
 
   // ---- shared -> fragments -> accumulators -----------------------------------------------------
@@ -202,34 +82,31 @@ struct GemmKernel {
     return at;
   }
 
-  // Step s covers chunks 2 s and 2 s + 1: the place differs from step 0's in bits 5 and 6 alone.
+  // Part kPart of kParts of the fragments of a step. Step s covers chunks 2 s and 2 s + 1: the
+  // place differs from step 0's in bits 5 and 6 alone.
+  template <int kPart, int kParts>
   static __device__ __forceinline__ void load_fragments(Fragments& f, uint32_t stage,
                                                         const LaneAddresses& lane, int step) {
     const uint32_t a = stage + (lane.a ^ (step * 32));
     const uint32_t w = stage + (lane.w ^ (step * 32));
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) ptx::ldmatrix_x4(f.a[i], a + i * 16 * kRowBytes);
+    for (int i = kMTiles * kPart / kParts; i < kMTiles * (kPart + 1) / kParts; ++i) {
+      ptx::ldmatrix_x4(f.a[i], a + i * 16 * kRowBytes);
+    }
+    constexpr int kPairs = kGroups * 2;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        ptx::ldmatrix_x4(f.w[g][pair], w + (g * 32 + pair * 4) * kRowBytes);
-      }
+    for (int p = kPairs * kPart / kParts; p < kPairs * (kPart + 1) / kParts; ++p) {
+      ptx::ldmatrix_x4(f.w[p / 2][p % 2], w + (p / 2 * 32 + p % 2 * 4) * kRowBytes);
     }
   }
 
   using Accumulators = int32_t[kMTiles][kGroups * 4][4];
 
-  // Rows of m16 tiles [kFirst, kLast).
-  template <int kFirst, int kLast>
-  static __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f) {
+  static __device__ __forceinline__ void multiply(Accumulators& acc, const Fragments& f, int i) {
 #pragma unroll
-    for (int i = kFirst; i < kLast; ++i) {
-#pragma unroll
-      for (int j = 0; j < kGroups * 4; ++j) {
-        const uint32_t (&w)[4] = f.w[j / 4][j % 4 / 2];
-        ptx::mma_m16n8k32_s8(acc[i][j], f.a[i], w[j % 2 * 2], w[j % 2 * 2 + 1]);
-      }
+    for (int j = 0; j < kGroups * 4; ++j) {
+      const uint32_t (&w)[4] = f.w[j / 4][j % 4 / 2];
+      ptx::mma_m16n8k32_s8(acc[i][j], f.a[i], w[j % 2 * 2], w[j % 2 * 2 + 1]);
     }
   }
 
@@ -242,7 +119,6 @@ struct GemmKernel {
     const auto slot = [&](int k, int word) {
       return (((k - 1) * kWarpsMN + warp_mn) * kWords + word) * 32 + lane;
     };
-    __syncthreads();
     auto& flat = reinterpret_cast<int32_t (&)[kWords]>(acc);
     if (warp_k > 0) {
 #pragma unroll
@@ -284,25 +160,115 @@ struct GemmKernel {
     }
   }
 
-  static __device__ __forceinline__ void run(GemmArgs args) {
-    extern __shared__ __align__(128) uint8_t shared[];
-    ptx::grid_dependency_wait();
-    ptx::grid_dependency_trigger();
+  // One output tile of one split.
+  struct Work {
+    int32_t m_first;
+    int32_t n_first;
+    int32_t split;
+    int32_t k_begin;  // in K-blocks
+    int32_t k_count;
+  };
 
-    // Tiles in groups of kGroupM rows of tiles, column by column within a group: the blocks in
-    // flight then share few rows of a and of w, and L2 serves the repeats.
+  // Tiles in groups of kGroupM rows of tiles, column by column within a group: the blocks in flight
+  // then share few rows of a and of w, and L2 serves the repeats.
+  static __device__ __forceinline__ Work work_at(const GemmArgs& args, int32_t index) {
     constexpr int32_t kGroupM = 8;
-    const int32_t tile = static_cast<int32_t>(blockIdx.x);
+    const int32_t tiles = args.m_tiles * args.n_tiles;
+    Work work;
+    work.split = index / tiles;
+    const int32_t tile = index - work.split * tiles;
     const int32_t group = tile / (kGroupM * args.n_tiles);
     const int32_t group_rows = min(kGroupM, args.m_tiles - group * kGroupM);
     const int32_t in_group = tile - group * kGroupM * args.n_tiles;
-    const int32_t m_first = (group * kGroupM + in_group % group_rows) * kTile.block_m;
-    const int32_t n_first = in_group / group_rows * kTile.block_n;
-
-    const int32_t split = static_cast<int32_t>(blockIdx.y);
+    work.m_first = (group * kGroupM + in_group % group_rows) * kTile.block_m;
+    work.n_first = in_group / group_rows * kTile.block_n;
     const int32_t k_blocks = (args.k + kTile.block_k() - 1) / kTile.block_k();
-    const int32_t k_begin = split * args.k_blocks_per_split;
-    const int32_t count = min(args.k_blocks_per_split, k_blocks - k_begin);
+    work.k_begin = work.split * args.k_blocks_per_split;
+    work.k_count = min(args.k_blocks_per_split, k_blocks - work.k_begin);
+    return work;
+  }
+
+  // Starts the copies of a tile's first kStages - 1 K-blocks and of its factors. A group is
+  // committed even where nothing was left to load, so that "at most kStages - 2 groups pending"
+  // always means "the next K-block is here".
+  static __device__ __forceinline__ void begin(const GemmArgs& args, const Work& work,
+                                               Loader& loader, Factors& factors, uint8_t* shared) {
+    loader.begin(args, work.m_first, work.n_first, work.k_begin);
+    factors.fetch(args.epilogue, work.m_first, work.n_first, kThreads);
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < work.k_count) {
+        loader.template load<0, 1>(shared + s * kTile.stage_bytes());
+        loader.next_k_block();
+      }
+      ptx::cp_async_commit_group();
+    }
+  }
+
+  // The products of one tile. begin() was called for it.
+  static __device__ __forceinline__ void multiply_tile(Accumulators& acc, int32_t k_count,
+                                                       Loader& loader, uint8_t* shared,
+                                                       const LaneAddresses& addresses) {
+    const uint32_t shared_base = ptx::shared_address(shared);
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncthreads();
+    Fragments fragments[2];
+    load_fragments<0, 1>(fragments[0], shared_base, addresses, 0);
+
+    int read_stage = 0;
+    int write_stage = kStages - 1;
+    for (int32_t b = 0; b < k_count; ++b) {
+      const int next_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+      const uint32_t read = shared_base + read_stage * kTile.stage_bytes();
+      const uint32_t next = shared_base + next_stage * kTile.stage_bytes();
+      // The stage written in this round was read in round b - 1, which every warp has left behind.
+      const bool more = b + kStages - 1 < k_count;
+      // Between the products of one m16 row and the next: a share of the next step's fragments, so
+      // that the load unit's queue neither fills nor runs dry.
+      const auto run_step = [&]<int kStep, int... kRow>(std::integer_sequence<int, kRow...>) {
+        const Fragments& now = fragments[kStep % 2];
+        Fragments& then = fragments[(kStep + 1) % 2];
+        const auto run_row = [&]<int kI>() {
+          if constexpr (kStep + 1 < kSteps) {
+            load_fragments<kI, kMTiles>(then, read, addresses, kStep + 1);
+          } else if constexpr (kI >= kMeet) {
+            // Half of the last step's products come before the barrier, half after: the tensor
+            // cores have work while the block's warps meet.
+            if (b + 1 < k_count) {
+              if constexpr (kI == kMeet) {
+                ptx::cp_async_wait_group<kStages - 2>();
+                __syncthreads();
+              }
+              load_fragments<kI - kMeet, kMTiles - kMeet>(then, next, addresses, 0);
+            }
+          }
+          multiply(acc, now, kI);
+          if constexpr (kI == 0) {
+            if (more) {
+              loader.template load<kStep, kSteps>(shared + write_stage * kTile.stage_bytes());
+            }
+            if constexpr (kStep + 1 == kSteps) ptx::cp_async_commit_group();
+          }
+        };
+        (run_row.template operator()<kRow>(), ...);
+      };
+      constexpr auto kRows = std::make_integer_sequence<int, kMTiles>{};
+      run_step.template operator()<0>(kRows);
+      run_step.template operator()<1>(kRows);
+      run_step.template operator()<2>(kRows);
+      run_step.template operator()<3>(kRows);
+      loader.next_k_block();
+      write_stage = read_stage;
+      read_stage = next_stage;
+    }
+  }
+
+  static __device__ __forceinline__ void run(const GemmArgs& args) {
+    extern __shared__ __align__(128) uint8_t storage[];
+    auto* const factors = reinterpret_cast<Factors*>(storage);
+    uint8_t* const shared = storage + kTile.factor_bytes();
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_trigger();
 
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -310,80 +276,44 @@ struct GemmKernel {
     const int warp_n = warp / kTile.warps_m % kTile.warps_n;
     const int warp_k = warp / (kTile.warps_m * kTile.warps_n);
     const LaneAddresses addresses = lane_addresses(lane, warp_m, warp_n, warp_k);
-    const uint32_t shared_base = ptx::shared_address(shared);
 
-    StageLoader loader(args, m_first, n_first,
-                       k_begin * kTile.block_k() + threadIdx.x % kChunksPerRow * 16);
-
-    // Prologue: kStages - 1 K-blocks under way. A group is committed even where nothing was left to
-    // load, so that "at most kStages - 2 groups pending" always means "the next block is here".
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < count) {
-        loader.template load<0, 1>(shared + s * kTile.stage_bytes());
-        loader.next_k_block();
+    // A block works on tile after tile: the first K-blocks of the next tile are under way while the
+    // epilogue stores this one.
+    const int32_t works = args.m_tiles * args.n_tiles * args.splits;
+    int32_t index = static_cast<int32_t>(blockIdx.x);
+    int slot = 0;  // of the factors
+    Loader loader;
+    Work work = work_at(args, index);
+    begin(args, work, loader, factors[slot], shared);
+    while (true) {
+      Accumulators acc = {};
+      multiply_tile(acc, work.k_count, loader, shared, addresses);
+      __syncthreads();  // every warp has read its last fragments
+      if constexpr (kTile.warps_k > 1) {
+        reduce_k_warps(acc, shared, warp_k, warp % (kTile.warps_m * kTile.warps_n), lane);
+        __syncthreads();
       }
-      ptx::cp_async_commit_group();
-    }
-    // Their latency passes beside that of the first K-blocks; the barrier publishes both.
-    __shared__ Factors factors;
-    factors.fetch(args.epilogue, m_first, n_first, kThreads);
-    ptx::cp_async_wait_group<kStages - 2>();
-    __syncthreads();
-
-    Accumulators acc = {};
-    Fragments fragments[2];
-    load_fragments(fragments[0], shared_base, addresses, 0);
-
-    int read_stage = 0;
-    int write_stage = kStages - 1;
-    for (int32_t b = 0; b < count; ++b) {
-      const int next_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-      // The stage written in this round was read in round b - 1, which every warp has left behind.
-      const bool more = b + kStages - 1 < count;
-      const auto run_step = [&]<int kStep>() {
-        if (more) {
-          loader.template load<kStep, kSteps>(shared + write_stage * kTile.stage_bytes());
+      const Work done = work;
+      index += static_cast<int32_t>(gridDim.x);
+      if (index < works) {
+        work = work_at(args, index);
+        begin(args, work, loader, factors[slot ^ 1], shared);
+      }
+      if (warp_k == 0) {
+        ScaleEpilogue epilogue = args.epilogue;
+        if (args.splits > 1) {
+          // A split's sums go to a slab of its own.
+          epilogue.out = static_cast<int32_t*>(epilogue.out) +
+                         static_cast<int64_t>(done.split) * args.m * args.n;
         }
-        if constexpr (kStep + 1 < kSteps) {
-          load_fragments(fragments[(kStep + 1) % 2], shared_base + read_stage * kTile.stage_bytes(),
-                         addresses, kStep + 1);
-        } else {
-          ptx::cp_async_commit_group();
-          // Half of the products before the barrier, half after: the tensor cores have work while
-          // the block's warps meet and while the next fragments arrive.
-          multiply<0, kMTiles / 2>(acc, fragments[kStep % 2]);
-          if (b + 1 < count) {
-            ptx::cp_async_wait_group<kStages - 2>();
-            __syncthreads();
-            load_fragments(fragments[0], shared_base + next_stage * kTile.stage_bytes(), addresses,
-                           0);
-          }
-        }
-        multiply<kStep + 1 < kSteps ? 0 : kMTiles / 2, kMTiles>(acc, fragments[kStep % 2]);
-      };
-      run_step.template operator()<0>();
-      run_step.template operator()<1>();
-      run_step.template operator()<2>();
-      run_step.template operator()<3>();
-      loader.next_k_block();
-      write_stage = read_stage;
-      read_stage = next_stage;
+        epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
+          store<kOut, kVector>(acc, epilogue, factors[slot], done.m_first, done.n_first,
+                               warp_m * kTile.warp_m(), warp_n * kTile.warp_n(), lane);
+        });
+      }
+      if (index >= works) return;
+      slot ^= 1;
     }
-
-    if constexpr (kTile.warps_k > 1) {
-      reduce_k_warps(acc, shared, warp_k, warp % (kTile.warps_m * kTile.warps_n), lane);
-      if (warp_k != 0) return;
-    }
-    if (gridDim.y > 1) {
-      // A split's sums go to a slab of its own.
-      args.epilogue.out =
-          static_cast<int32_t*>(args.epilogue.out) + static_cast<int64_t>(split) * args.m * args.n;
-    }
-    args.epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
-      store<kOut, kVector>(acc, args.epilogue, factors, m_first, n_first, warp_m * kTile.warp_m(),
-                           warp_n * kTile.warp_n(), lane);
-    });
   }
 };
 
@@ -395,21 +325,25 @@ __global__ void __launch_bounds__(kGemmTiles[kTileIndex].threads(),
   GemmKernel<kGemmTiles[kTileIndex], kAligned>::run(args);
 }
 
-// Launches one tile; splits > 1 writes partial sums (args.epilogue then is raw).
+// Launches one tile on as many blocks as run at once; args.splits > 1 writes partial sums
+// (args.epilogue then is raw).
 template <int kTileIndex>
-void launch_gemm(const GemmArgs& args, bool aligned, int32_t splits, const ExecContext& ctx) {
+void launch_gemm(const GemmArgs& args, bool aligned, int32_t sm_count, const ExecContext& ctx) {
   constexpr GemmTile kTile = kGemmTiles[kTileIndex];
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(args.m_tiles) * static_cast<unsigned>(args.n_tiles),
-                    static_cast<unsigned>(splits));
+  const int32_t works = args.m_tiles * args.n_tiles * args.splits;
+  const int32_t resident = sm_count * kTile.blocks_per_sm;
+  shape.grid = dim3(static_cast<unsigned>(works < resident ? works : resident));
   shape.block = dim3(kTile.threads());
   const int32_t used_stages =
       args.k_blocks_per_split < kTile.stages ? args.k_blocks_per_split : kTile.stages;
   shape.shared_bytes = static_cast<size_t>(kTile.shared_bytes(used_stages));
   if (aligned) {
     launch<gemm_kernel<kTileIndex, true>>("sm80 GEMM", shape, ctx, args);
-  } else {
+  } else if constexpr (kTile.serves_unaligned()) {
     launch<gemm_kernel<kTileIndex, false>>("sm80 GEMM, unaligned rows", shape, ctx, args);
+  } else {
+    throw std::logic_error("int8_ops: the plan names a tile that takes no unaligned rows");
   }
 }
 
