@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import int8_ops.backends
+
+# Thousands of shapes would each be timed on first sight; test_triton.py tests the tuner.
+os.environ.setdefault("INT8_OPS_TRITON_TUNE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +48,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def backend_on(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
     """A backend that this machine has, and a device it runs on."""
     name, kind = request.param
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    device = (
+        torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    )
     reason = int8_ops.backends.unavailable_reason(name, device)
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")
