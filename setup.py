@@ -145,7 +145,7 @@ torch = import_torch()
 build_cuda, cuda_skipped = decide_cuda(torch)
 if build_cuda:
     os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
-os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
 
 # cpp_extension reads CUDA_HOME when it is imported, so only now.
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
