@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import int8_ops.backends
+
+# Thousands of shapes would each be timed on first sight; test_triton.py tests the tuner.
+os.environ.setdefault("INT8_OPS_TRITON_TUNE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,37 +1,34 @@
-"""The cases of the Triton backend, for a CUDA device and for Triton's interpreter alike.
+"""What the Triton backend is tried on beyond cases.py, on a CUDA device and in the interpreter.
 
 The interpreter has to be chosen before Triton is imported, so test_triton.py runs this file in a
-process of its own: ``TRITON_INTERPRET=1 python triton_cases.py CASE``. With a GPU it calls the same
-functions on CUDA tensors. Every comparison is for equal bits, all NaNs being one value.
+process of its own: ``TRITON_INTERPRET=1 python triton_cases.py RESULT.json``. With a GPU it calls
+the same functions on CUDA tensors.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+import traceback
+from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from int8_ops import reference
+from int8_ops import backends, reference
 from int8_ops.backends import triton as backend
 from int8_ops.backends.triton import configs
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = cases.DTYPES
 INT_VIEW = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def assert_same(got: Tensor, want: Tensor, what: object = "") -> None:
-    """Equal dtype, shape and bits, but for the payload of NaNs."""
-    assert got.dtype == want.dtype, (what, got.dtype, want.dtype)
-    assert got.shape == want.shape, (what, got.shape, want.shape)
-    if got.dtype in FLOATS:
-        assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaNs elsewhere"
-        got, want = (t.masked_fill(t.isnan(), 0).view(INT_VIEW[t.dtype]) for t in (got, want))
-    differ = got != want
-    count = int(differ.sum())
-    assert count == 0, f"{what}: {count} of {got.numel()} differ, first {differ.nonzero()[0]}"
+    assert cases.same_bits(got, want.cpu()), f"{what}: got\n{got}\nexpected\n{want}"
 
 
 def generator(seed: int) -> torch.Generator:
@@ -44,109 +41,42 @@ def int8(shape: tuple[int, ...], rng: torch.Generator, device: torch.device) -> 
 
 
 def check_quantize(x: Tensor) -> None:
-    for got, want in zip(
-        backend.quantize_per_token(x), reference.quantize_per_token(x), strict=True
-    ):
-        assert_same(got, want, ("per token", x.shape, x.dtype))
+    pairs = [(backend.quantize_per_token(x), reference.quantize_per_token(x))]
     if x.dim() == 2:
         for axis in (0, 1, -1, -2):
-            for got, want in zip(
-                backend.quantize_per_channel(x, axis),
-                reference.quantize_per_channel(x, axis),
-                strict=True,
-            ):
-                assert_same(got, want, ("per channel", axis, x.shape, x.dtype))
+            got = backend.quantize_per_channel(x, axis)
+            pairs.append((got, reference.quantize_per_channel(x, axis)))
+    for got, want in pairs:
+        assert_same(got[1], want[1], ("scale", x.shape, x.dtype))
+        assert_same(got[0], want[0], ("q", x.shape, x.dtype))
 
 
-def check_matmul(
-    lead: tuple[int, ...],
-    n: int,
-    k: int,
-    seed: int,
-    device: torch.device,
-    out_dtype: torch.dtype = torch.bfloat16,
-    bias_dtype: torch.dtype | None = torch.float32,
-) -> None:
+def check_linear(m: int, n: int, k: int, seed: int, device: torch.device) -> None:
     rng = generator(seed)
-    what = (lead, n, k, out_dtype, bias_dtype)
-    a = int8((*lead, k), rng, device)
-    w = int8((n, k), rng, device)
-    a_scale = (torch.rand((*lead, 1), generator=rng) * 0.1).to(device)
-    w_scale = (torch.rand((n, 1), generator=rng) * 0.1).to(device)
-    bias = None
-    if bias_dtype is not None:
-        bias = torch.randn(n, generator=rng).to(device, bias_dtype)
-    assert_same(backend.int8_mm(a, w), reference.int8_mm(a, w), what)
-    got = backend.int8_scaled_mm(a, w, a_scale, w_scale, bias, out_dtype)
-    want = reference.int8_scaled_mm(a, w, a_scale, w_scale, bias, out_dtype)
-    assert_same(got, want, what)
-    x = torch.randn((*lead, k), generator=rng).to(device, out_dtype)
-    assert_same(
-        backend.int8_linear(x, w, w_scale, bias),
-        reference.int8_linear(x, w, w_scale, bias),
-        what,
-    )
+    case = cases.make("linear", (m,), k, n, torch.bfloat16, rng, torch.float32)
+    cases.check(backend, case, device)
 
 
-def regular(device: torch.device) -> None:
-    for seed, dtype in enumerate(FLOATS):
-        for shape in ((4, 16), (2, 3, 64), (33, 128), (8, 1024), (128,)):
-            check_quantize(torch.randn(shape, generator=generator(seed)).to(device, dtype))
-        for bias_dtype in (None, *FLOATS):
-            check_matmul((32,), 64, 128, seed, device, dtype, bias_dtype)
-    check_matmul((2, 3, 24), 96, 64, 7, device)
-    # Several groups of the rasterisation, the last one short.
-    check_matmul((19 * 16,), 160, 32, 8, device)
+def affordable(case: cases.Case, device: torch.device) -> bool:
+    """On a GPU, every case; the interpreter needs a minute for each of the largest."""
+    return device.type == "cuda" or (case.w.numel() <= 1 << 17 and case.x.numel() <= 1 << 15)
 
 
-def tails(device: torch.device) -> None:
-    for seed, (m, n, k) in enumerate(
-        [(1, 1, 1), (3, 5, 7), (17, 33, 65), (31, 130, 257), (70, 40, 31), (5, 64, 100)]
-    ):
-        check_matmul((m,), n, k, seed, device)
-        check_quantize(torch.randn((m, k), generator=generator(seed)).to(device, torch.bfloat16))
-    check_quantize(torch.randn((130, 67), generator=generator(9)).to(device))
+def named(category: str, device: torch.device) -> None:
+    chosen = [case for case in cases.NAMED[category]() if affordable(case, device)]
+    assert chosen
+    for case in chosen:
+        cases.check(backend, case, device)
 
 
-def small_m(device: torch.device) -> None:
-    for m in range(18):
-        check_matmul((m,), 40, 48, m, device, torch.float16, None)
-    check_matmul((), 40, 48, 18, device)
-    check_matmul((4,), 0, 48, 19, device)
-    check_matmul((2, 0), 8, 16, 20, device)
-    empty = torch.empty((2, 0, 16), device=device)
-    for got, want in zip(
-        backend.quantize_per_token(empty), reference.quantize_per_token(empty), strict=True
-    ):
-        assert_same(got, want)
-    # A column without rows is a zero column.
-    assert_same(backend.quantize_per_channel(empty[0], 1)[1], torch.ones((1, 16), device=device))
+def raster(device: torch.device) -> None:
+    """Several groups of the rasterisation, the last one short, and tiles cut on both sides."""
+    check_linear(19 * 16 + 3, 161, 32, 8, device)
 
 
-def extremes(device: torch.device) -> None:
+def extremes_more(device: torch.device) -> None:
+    """Scales around the smallest normal float32, results past the output's range."""
     inf, nan = float("inf"), float("nan")
-    for dtype in FLOATS:
-        info = torch.finfo(dtype)
-        subnormal = info.smallest_normal * info.eps
-        x = torch.randn((12, 40), generator=generator(0)).to(device, dtype)
-        x[0] = 0
-        x[1, 3] = nan
-        x[2, 5] = inf
-        x[3, 39] = -inf
-        x[4, :] = subnormal
-        x[5] = x[5].sign() * info.max
-        x[6, 0] = info.smallest_normal
-        x[6, 1:] = 0
-        x[7, 1:] = 0
-        x[8, :8] = torch.tensor([inf, nan, -inf, 0, 1, -1, subnormal, info.max])
-        x[9] = -0.0
-        check_quantize(x)
-        rng = generator(1)
-        w, w_scale = int8((24, 40), rng, device), torch.rand((24, 1), generator=rng).to(device)
-        y = backend.int8_linear(x, w, w_scale, None)
-        assert_same(y, reference.int8_linear(x, w, w_scale, None), dtype)
-        bad_rows = y.isnan().any(-1).nonzero().flatten().tolist()
-        assert bad_rows == [1, 2, 3, 8], "a NaN row touches itself alone"
     # float32 scales on both sides of the smallest normal one, where a scale becomes 1.
     tiny = torch.finfo(torch.float32).smallest_normal
     steps = torch.arange(-4, 5, dtype=torch.float64) * 2.0**-24
@@ -172,11 +102,12 @@ def extremes(device: torch.device) -> None:
 
 def ties(device: torch.device) -> None:
     """Quotients on a half and a unit in the last place beside it."""
-    for dtype in FLOATS:
+    # The second range has scales near the smallest normal float32, where residuals underflow.
+    ranges = [(dtype, -12, 12) for dtype in FLOATS] + [(torch.float32, -118, -104)]
+    for dtype, lowest, highest in ranges:
         rng = generator(4)
-        amax = (torch.rand((24, 1), generator=rng) + 0.5) * 2.0 ** torch.randint(
-            -12, 12, (24, 1), generator=rng
-        )
+        exponents = torch.randint(lowest, highest, (32, 1), generator=rng)
+        amax = (torch.rand((32, 1), generator=rng) + 0.5) * 2.0**exponents
         amax = amax.to(dtype).to(torch.float32)
         halves = torch.arange(-126.5, 127.0) * (amax / 127)
         x = torch.cat([amax, halves, halves], 1).to(dtype)
@@ -199,25 +130,6 @@ def long_rows(device: torch.device) -> None:
             assert_same(got, want, width)
 
 
-def layout(device: torch.device) -> None:
-    rng = generator(5)
-    x = torch.randn((48, 20), generator=rng).to(device)
-    w = int8((2 * 24, 48), rng, device)[::2]
-    w_scale = torch.rand((1, 24), generator=rng).to(device).t()
-    bias = torch.randn(48, generator=rng).to(device)[::2]
-    assert not x.t().is_contiguous()
-    check_quantize(x.t())
-    check_quantize(x[:, ::3])
-    check_quantize(x[:1].expand(4, 20))
-    y = backend.int8_linear(x.t(), w, w_scale, bias)
-    assert_same(y, reference.int8_linear(x.t(), w, w_scale, bias))
-    q, scale = reference.quantize_per_token(x.t())
-    q_t = q.t().contiguous().t()
-    assert_same(backend.int8_mm(q_t, w), reference.int8_mm(q, w))
-    got = backend.int8_scaled_mm(q_t, w, scale.expand(20, 2)[:, 1:], w_scale, bias, torch.float16)
-    assert_same(got, reference.int8_scaled_mm(q, w, scale, w_scale, bias, torch.float16))
-
-
 def errors(device: torch.device) -> None:
     def float_of(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device)
@@ -238,9 +150,9 @@ def errors(device: torch.device) -> None:
 
     k = reference.MAX_K + 1
     for call, message in (
-        (lambda: backend.quantize_per_token(int8_of(2, 8)), "float16 or bfloat16, got torch.int8"),
+        (lambda: backend.quantize_per_token(int8_of(2, 8)), "BFloat16, got torch.int8"),
         (lambda: backend.quantize_per_token(float_of(2, 0)), r"at least 1, got \[2, 0\]"),
-        (lambda: backend.quantize_per_token(float_of()), r"at least 1, got \[\]"),
+        (lambda: backend.quantize_per_token(float_of()), "at least 1 dimension, got a scalar"),
         (lambda: backend.quantize_per_channel(float_of(8)), r"shape \[N, K\], got \[8\]"),
         (lambda: backend.quantize_per_channel(float_of(2, 8), 2), r"axis 0 or 1 .*, got 2"),
         (lambda: backend.quantize_per_channel(int8_of(2, 8)), "got torch.int8"),
@@ -251,9 +163,9 @@ def errors(device: torch.device) -> None:
         (lambda: backend.int8_mm(int8_of(1, k), int8_of(1, k)), "K = 131072 is over the limit"),
         (
             lambda: backend.int8_mm(int8_of(2, 8), int8_of(4, 8).to("meta")),
-            "expected w on .*, got meta",
+            "two different devices: w on meta",
         ),
-        (lambda: scaled(a_scale=float_of(2)), r"a_scale of shape \[2, 1\], got \[2\]"),
+        (lambda: scaled(a_scale=float_of(2)), r"got a_scale \[2\] for a \[2, 8\]"),
         (lambda: scaled(a_scale=float_of(2, 1).half()), "a_scale of dtype torch.float32"),
         (lambda: scaled(w_scale=float_of(1, 4)), r"w_scale of shape \[4, 1\], got \[1, 4\]"),
         (lambda: scaled(w_scale=float_of(4, 1).double()), "got torch.float64"),
@@ -270,7 +182,7 @@ def errors(device: torch.device) -> None:
 
 
 def compiled(device: torch.device) -> None:
-    """Every function under torch.compile with one graph, and torch's own checks of the ops."""
+    """Through the package's entry points, as one graph and as torch.library wants its ops."""
     rng = generator(6)
     x = torch.randn((6, 32), generator=rng).to(device)
     w, w_scale = int8((16, 32), rng, device), torch.rand((16, 1), generator=rng).to(device)
@@ -279,38 +191,23 @@ def compiled(device: torch.device) -> None:
     for function, arguments in (
         ("quantize_per_token", (x,)),
         ("quantize_per_channel", (x, 1)),
-        ("int8_mm", (q, w)),
         ("int8_scaled_mm", (q, w, scale, w_scale, None, torch.bfloat16)),
         ("int8_linear", (x, w, w_scale, None, torch.float16)),
     ):
-        traced = torch.compile(getattr(backend, function), fullgraph=True, backend=compiler)
+        entry = functools.partial(getattr(backends, function), backend="triton")
+        traced = torch.compile(entry, fullgraph=True, dynamic=True, backend=compiler)
         got, want = traced(*arguments), getattr(reference, function)(*arguments)
         pairs = [(got, want)] if isinstance(got, Tensor) else zip(got, want, strict=True)
         for got_one, want_one in pairs:
             assert_same(got_one, want_one, function)
-        torch.library.opcheck(getattr(torch.ops.int8_ops_triton, function), arguments)
-
-
-def random_problems(device: torch.device, count: int) -> None:
-    rng = generator(2024)
-
-    def pick(*values: int) -> int:
-        return values[int(torch.randint(len(values), (), generator=rng))]
-
-    for _ in range(count):
-        m, n, k = (pick(1, 2, 7, 16, 33, 64, 100, 128) for _ in range(3))
-        dtype = FLOATS[pick(0, 1, 2)]
-        bias_dtype = (None, *FLOATS)[pick(0, 1, 2, 3)]
-        check_matmul(
-            (m,), n, k, int(torch.randint(2**31, (), generator=rng)), device, dtype, bias_dtype
-        )
-        x = torch.randn((m, k), generator=rng) * 2.0 ** pick(-30, -10, 0, 10)
-        x[pick(0, m // 2, m - 1), k // 2] = (0.0, float("nan"), float("inf"))[pick(0, 0, 0, 1, 2)]
-        check_quantize(x.to(device, dtype))
+        op = getattr(torch.ops.int8_ops, f"{function}_via")
+        torch.library.opcheck(op, (*arguments, "triton"))
 
 
 def random_few(device: torch.device) -> None:
-    random_problems(device, 30)
+    for case in cases.random_cases(50, seed=77):
+        if affordable(case, device):
+            cases.check(backend, case, device)
 
 
 def exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -341,29 +238,35 @@ def fma_division(device: torch.device) -> None:
     interpreter.InterpreterBuilder.create_fma = create_fma
     launch.FMA_DIVISION = True
     ties(device)
-    extremes(device)
+    extremes_more(device)
+    named("extremes", device)
     for exponent in (-118, -100, -99, -40, 0, 60, 120):
         x = torch.randn((64, 512), generator=generator(exponent + 200)) * 2.0**exponent
         check_quantize(x.to(device))
 
 
 CASES = {
-    case.__name__: case
-    for case in (
-        regular,
-        tails,
-        small_m,
-        extremes,
-        ties,
-        long_rows,
-        layout,
-        errors,
-        compiled,
-        random_few,
-    )
+    **{category: functools.partial(named, category) for category in cases.NAMED},
+    **{
+        case.__name__: case
+        for case in (raster, extremes_more, ties, long_rows, errors, compiled, random_few)
+    },
 }
+# Last: it changes the interpreter for good.
 INTERPRETER_CASES = {**CASES, "fma_division": fma_division}
 
+
+def failures(device: torch.device) -> dict[str, str | None]:
+    """Each case of the interpreter -> None, or the traceback of its failure."""
+    result: dict[str, str | None] = {}
+    for name, case in INTERPRETER_CASES.items():
+        try:
+            case(device)
+            result[name] = None
+        except Exception:
+            result[name] = traceback.format_exc()
+    return result
+
+
 if __name__ == "__main__":
-    INTERPRETER_CASES[sys.argv[1]](torch.device("cpu"))
-    print("passed", sys.argv[1])
+    Path(sys.argv[1]).write_text(json.dumps(failures(torch.device("cpu"))))

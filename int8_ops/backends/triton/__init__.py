@@ -1,13 +1,10 @@
 """The ``triton`` backend: this library's kernels written in Triton, for CUDA devices.
 
 Bit for bit the numbers of ``int8_ops.reference``. Triton is imported at the first call, so that
-importing the package costs nothing where the backend is not used. Under ``torch.compile`` and
-``torch.export`` the calls become ops of the namespace ``int8_ops_triton``, opaque to the tracer:
-a shape is tuned when the compiled code first runs, not while it is traced.
+importing the package costs nothing where the backend is not used. A traced program meets these
+functions as opaque ops (Note [Ops that name a backend] in ``backends/__init__.py``): a shape is
+tuned when the compiled code first runs, not while it is traced.
 """
-
-# torch.library's own functions carry no types.
-# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
@@ -20,8 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import _fake
-from . import checks
+from ... import _checks
 
 MIN_CAPABILITY = (8, 0)
 
@@ -70,155 +66,17 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return _import_error()
 
 
-def _require(op: str, device: torch.device) -> ModuleType:
-    # A CUDA tensor of a capable device is every call but the first: keep it cheap.
-    if device not in _usable:
-        reason = unavailable_reason(device)
-        if reason is not None:
-            raise RuntimeError(f"int8_ops.{op} (triton): {reason}")
-        _usable.add(device)
-    return _launch()
-
-
 _usable: set[torch.device] = set()
 
 
-def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    op = "quantize_per_token"
-    checks.rows(op, "x", x)
-    checks.float_dtype(op, "x", x.dtype)
-    launch = _require(op, x.device)
-    q = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    if q.numel() > 0:
-        launch.quantize_rows(x.contiguous(), q, scale)
-    return q, scale
-
-
-def _quantize_per_channel(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
-    op = "quantize_per_channel"
-    checks.columns(op, w, axis)
-    launch = _require(op, w.device)
-    per_row = axis % 2 == 0
-    q = w.new_empty(w.shape, dtype=torch.int8)
-    scale_shape = (w.shape[0], 1) if per_row else (1, w.shape[1])
-    scale = w.new_empty(scale_shape, dtype=torch.float32)
-    if per_row:
-        if q.numel() > 0:
-            launch.quantize_rows(w.contiguous(), q, scale)
-    else:
-        launch.quantize_columns(w.contiguous(), q, scale)
-    return q, scale
-
-
-def _int8_mm(a: Tensor, w: Tensor) -> Tensor:
-    op = "int8_mm"
-    checks.matmul_operands(op, "a", a, w)
-    checks.int8_operand(op, "a", a)
-    launch = _require(op, a.device)
-    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=torch.int32)
-    if out.numel() > 0:
-        launch.matmul(a.contiguous(), w.contiguous(), out)
-    return out
-
-
-def _int8_scaled_mm(
-    a: Tensor,
-    w: Tensor,
-    a_scale: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    op = "int8_scaled_mm"
-    checks.matmul_operands(op, "a", a, w)
-    checks.int8_operand(op, "a", a)
-    checks.a_scale(op, a_scale, a)
-    checks.w_scale(op, w_scale, w)
-    checks.bias(op, bias, w)
-    checks.float_dtype(op, "out_dtype", out_dtype)
-    launch = _require(op, a.device)
-    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
-    if out.numel() > 0:
-        launch.matmul(
-            a.contiguous(),
-            w.contiguous(),
-            out,
-            a_scale.contiguous(),
-            w_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-        )
-    return out
-
-
-def _int8_linear(
-    x: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    op = "int8_linear"
-    checks.matmul_operands(op, "x", x, w)
-    checks.float_dtype(op, "x", x.dtype)
-    checks.w_scale(op, w_scale, w)
-    checks.bias(op, bias, w)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    checks.float_dtype(op, "out_dtype", out_dtype)
-    launch = _require(op, x.device)
-    out = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
-    if out.numel() > 0:
-        q = x.new_empty(x.shape, dtype=torch.int8)
-        scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        launch.quantize_rows(x.contiguous(), q, scale)
-        launch.matmul(
-            q,
-            w.contiguous(),
-            out,
-            scale,
-            w_scale.contiguous(),
-            None if bias is None else bias.contiguous(),
-        )
-    return out
-
-
-def _register_ops() -> torch.library.Library:
-    """The ops that a traced call becomes. Eager calls skip them: a dispatch costs host time."""
-    library = torch.library.Library("int8_ops_triton", "DEF")
-    for schema, implementation, fake in (
-        (
-            "quantize_per_token(Tensor x) -> (Tensor, Tensor)",
-            _quantize_per_token,
-            _fake._quantize_per_token,
-        ),
-        (
-            "quantize_per_channel(Tensor w, int axis=0) -> (Tensor, Tensor)",
-            _quantize_per_channel,
-            _fake._quantize_per_channel,
-        ),
-        ("int8_mm(Tensor a, Tensor w) -> Tensor", _int8_mm, _fake._int8_mm),
-        (
-            "int8_scaled_mm(Tensor a, Tensor w, Tensor a_scale, Tensor w_scale, Tensor? bias, "
-            "ScalarType out_dtype) -> Tensor",
-            _int8_scaled_mm,
-            _fake._int8_scaled_mm,
-        ),
-        (
-            "int8_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, "
-            "ScalarType? out_dtype=None) -> Tensor",
-            _int8_linear,
-            _fake._int8_linear,
-        ),
-    ):
-        name = schema.partition("(")[0]
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CUDA", "CPU"):  # CPU: under the interpreter
-            library.impl(name, implementation, key)
-        torch.library.register_fake(f"int8_ops_triton::{name}", fake, lib=library)
-    return library
-
-
-_library = _register_ops()
+def _launch_on(device: torch.device) -> ModuleType:
+    # Asked once a device: every later call only looks it up.
+    if device not in _usable:
+        reason = unavailable_reason(device)
+        if reason is not None:
+            raise RuntimeError(f"backend 'triton' cannot be used on {device}: {reason}")
+        _usable.add(device)
+    return _launch()
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +84,13 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises RuntimeError for another dtype, an empty last dimension or a device without the backend.
     """
-    if torch.compiler.is_compiling():
-        q, scale = torch.ops.int8_ops_triton.quantize_per_token.default(x)
-        return q, scale
-    return _quantize_per_token(x)
+    _checks.check_quantize_per_token(x)
+    launch = _launch_on(x.device)
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if q.numel() > 0:
+        launch.quantize_rows(x.contiguous(), q, scale)
+    return q, scale
 
 
 def quantize_per_channel(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
@@ -237,10 +98,14 @@ def quantize_per_channel(w: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
 
     Raises RuntimeError for another dtype, shape or axis, or a device without the backend.
     """
-    if torch.compiler.is_compiling():
-        q, scale = torch.ops.int8_ops_triton.quantize_per_channel.default(w, axis)
-        return q, scale
-    return _quantize_per_channel(w, axis)
+    _checks.check_quantize_per_channel(w, axis)
+    if axis % 2 == 0:
+        return quantize_per_token(w)
+    launch = _launch_on(w.device)
+    q = w.new_empty(w.shape, dtype=torch.int8)
+    scale = w.new_empty((1, w.shape[1]), dtype=torch.float32)
+    launch.quantize_columns(w.contiguous(), q, scale)
+    return q, scale
 
 
 def int8_mm(a: Tensor, w: Tensor) -> Tensor:
@@ -248,10 +113,12 @@ def int8_mm(a: Tensor, w: Tensor) -> Tensor:
 
     Raises RuntimeError for other dtypes, a K that differs or is over the limit, two devices.
     """
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.int8_ops_triton.int8_mm.default(a, w)
-        return out
-    return _int8_mm(a, w)
+    _checks.check_int8_mm(a, w)
+    launch = _launch_on(a.device)
+    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=torch.int32)
+    if out.numel() > 0:
+        launch.matmul(a.contiguous(), w.contiguous(), out)
+    return out
 
 
 def int8_scaled_mm(
@@ -267,12 +134,19 @@ def int8_scaled_mm(
     ``a_scale`` float32 ``[..., 1]``, ``w_scale`` float32 ``[N, 1]``, ``bias`` float32, float16 or
     bfloat16 ``[N]``. Raises RuntimeError where an argument is anything else.
     """
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.int8_ops_triton.int8_scaled_mm.default(
-            a, w, a_scale, w_scale, bias, out_dtype
+    _checks.check_int8_scaled_mm(a, w, a_scale, w_scale, bias, out_dtype)
+    launch = _launch_on(a.device)
+    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+    if out.numel() > 0:
+        launch.matmul(
+            a.contiguous(),
+            w.contiguous(),
+            out,
+            a_scale.contiguous(),
+            w_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
         )
-        return out
-    return _int8_scaled_mm(a, w, a_scale, w_scale, bias, out_dtype)
+    return out
 
 
 def int8_linear(
@@ -284,10 +158,22 @@ def int8_linear(
 ) -> Tensor:
     """Quantize ``x [..., K]`` per token, multiply by ``w [N, K]``, scale, add the bias.
 
-    Returns ``[..., N]`` in ``out_dtype``, by default x's. Raises RuntimeError as the ops it is
-    made of.
+    Returns ``[..., N]`` in ``out_dtype``, by default x's. Raises RuntimeError as the functions it
+    is made of.
     """
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.int8_ops_triton.int8_linear.default(x, w, w_scale, bias, out_dtype)
-        return out
-    return _int8_linear(x, w, w_scale, bias, out_dtype)
+    _checks.check_int8_linear(x, w, w_scale, bias, out_dtype)
+    launch = _launch_on(x.device)
+    out = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype or x.dtype)
+    if out.numel() > 0:
+        q = x.new_empty(x.shape, dtype=torch.int8)
+        scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        launch.quantize_rows(x.contiguous(), q, scale)
+        launch.matmul(
+            q,
+            w.contiguous(),
+            out,
+            scale,
+            w_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+        )
+    return out

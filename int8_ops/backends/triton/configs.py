@@ -37,6 +37,11 @@ class MatmulConfig:
     group_m: int = 8
 
     @property
+    def elements(self) -> int:
+        """Of out, a program."""
+        return self.block_m * self.block_n
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of the pipelined int8 operands."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k
@@ -49,6 +54,11 @@ class QuantizeConfig:
     block_rows: int
     block_cols: int
     num_warps: int
+
+    @property
+    def elements(self) -> int:
+        """Of x, a program."""
+        return self.block_rows * self.block_cols
 
 
 @dataclass(frozen=True)

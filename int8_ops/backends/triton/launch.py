@@ -1,8 +1,9 @@
 """From contiguous tensors to a launch: picks the configuration, tunes it once, launches.
 
 The first call with a new problem on a device times a shortlist of configurations (a second or two
-with compilation) and remembers the fastest. Under CUDA graph capture nothing can be timed: an
-untuned problem then runs with the model's first choice, so warm a shape up before its capture.
+with compilation) and remembers the fastest; ``INT8_OPS_PRINT_CONFIG=1`` tells which. With
+``INT8_OPS_TRITON_TUNE=0`` the model's first choice runs untimed. So it does under CUDA graph
+capture, where nothing can be timed: warm a shape up before its capture.
 """
 
 # mypy: disable-error-code="no-untyped-call, misc"
@@ -66,7 +67,11 @@ def _fastest(
     key: Hashable, candidates: Sequence[_Config], launch: Callable[[_Config], object]
 ) -> _Config:
     """Time the candidates; remember and return the fastest."""
-    if INTERPRETED or torch.cuda.is_current_stream_capturing():
+    if INTERPRETED:
+        # The interpreter pays by the instruction: the fewest programs are the fastest.
+        return max(candidates, key=lambda candidate: candidate.elements)
+    untimed = os.environ.get("INT8_OPS_TRITON_TUNE") == "0"
+    if untimed or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     timed: list[tuple[float, _Config]] = []
     for candidate in candidates:
