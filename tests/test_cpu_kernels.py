@@ -202,7 +202,7 @@ def largest_k() -> Iterator[Outcome]:
 
 
 def threads() -> Iterator[Outcome]:
-    """Problems large enough to be split, by rows and by columns, over any number of threads."""
+    """Problems large enough to be split: by rows, columns and k, over any number of threads."""
     make = Maker(22)
     for m, n, k in (
         (1, 4099, 700),
