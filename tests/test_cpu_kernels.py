@@ -210,6 +210,8 @@ def threads() -> Iterator[Outcome]:
         (40, 1031, 259),
         (700, 24, 600),
         (301, 333, 301),
+        (20, 50, 5003),
+        (500, 150, 2100),
     ):
         x, w, w_scale = torch.randn(m, k, generator=make.generator), make.int8(n, k), make.scale(n)
         expected = reference.int8_linear(x, w, w_scale)
