@@ -14,6 +14,7 @@ Switches (environment):
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -168,8 +169,21 @@ NVCC_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 
-# One translation unit an instruction set, each with flags of its own.
-CPU_ISA_FLAGS: dict[str, list[str]] = {}
+# One translation unit an instruction set, each with flags of its own: see csrc/cpu/isa.h.
+CPU_ISA_FLAGS = {
+    "csrc/cpu/avx2.cpp": ["-mavx2", "-mf16c"],
+    "csrc/cpu/avx512_vnni.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mf16c",
+        # GCC's own AVX-512 headers trip it: their "undefined" vectors are uninitialised on purpose.
+        "-Wno-maybe-uninitialized",
+    ],
+}
+IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def build_info_macros() -> list[tuple[str, str]]:
@@ -188,7 +202,7 @@ class BuildWithIsaUnits(BuildExtension):
 
     def build_extensions(self) -> None:
         core = next(ext for ext in self.extensions if ext.name == "int8_ops._C")
-        for source, flags in CPU_ISA_FLAGS.items():
+        for source, flags in CPU_ISA_FLAGS.items() if IS_X86_64 else ():
             core.extra_objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,

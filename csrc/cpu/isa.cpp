@@ -6,7 +6,22 @@
 
 namespace int8_ops::cpu {
 
-std::vector<std::string> supported_isas() { return {"portable"}; }
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> isas = {"portable"};
+#if defined(__x86_64__)
+  // These ask cpuid, and xgetbv whether the operating system saves the registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    isas.emplace_back("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+      isas.emplace_back("avx512_vnni");
+    }
+  }
+#endif
+  return isas;
+}
 
 std::string selected_isa() {
   const std::vector<std::string> supported = supported_isas();

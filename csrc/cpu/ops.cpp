@@ -7,8 +7,9 @@
 namespace int8_ops::cpu {
 namespace {
 
-// Enough work a task that the pool's hand-over is small beside it.
-constexpr int64_t kMinElementsPerTask = 16 * 1024;
+// Enough elements to quantize, dequantize or pack (a few a nanosecond) that waking a thread for
+// them is small beside the work.
+constexpr int64_t kMinElementsPerTask = 32 * 1024;
 
 int64_t grain(int64_t elements_per_index) {
   return elements_per_index >= kMinElementsPerTask ? 1 : kMinElementsPerTask / elements_per_index;
@@ -29,17 +30,36 @@ struct CpuPolicy {
   }
 
   static void dequantize(const DequantizeParams& p) {
-    const auto run = kernels().dequantize_rows;
-    torch::stable::parallel_for(0, p.rows, grain(p.cols),
+    const auto run = kernels().dequantize;
+    torch::stable::parallel_for(0, p.rows * p.cols, kMinElementsPerTask,
                                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
 
-  static int64_t matmul_workspace_bytes(const MatmulParams&) { return 0; }
+  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
+    return plan(p).workspace_bytes;
+  }
 
   static void matmul(const MatmulParams& p) {
-    const auto run = kernels().matmul_cols;
-    torch::stable::parallel_for(0, p.n, grain(p.m * p.k),
-                                [&](int64_t begin, int64_t end) { run(p, begin, end); });
+    const KernelTable& table = kernels();
+    const MatmulPlan how = plan(p);
+    if (!how.packed) {
+      torch::stable::parallel_for(0, how.tasks, 1, [&](int64_t begin, int64_t end) {
+        table.matmul_dot(p, part_of(p.n, how.tasks, begin).begin,
+                         part_of(p.n, how.tasks, end).begin);
+      });
+      return;
+    }
+    torch::stable::parallel_for(
+        0, how.row_blocks, grain(p.k * p.m / how.row_blocks),
+        [&](int64_t begin, int64_t end) { table.pack_row_blocks(p, how, begin, end); });
+    torch::stable::parallel_for(0, how.tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) table.matmul_task(p, how, task);
+    });
+  }
+
+ private:
+  static MatmulPlan plan(const MatmulParams& p) {
+    return plan_matmul(p.m, p.n, p.k, kernels().tile, torch::stable::get_num_threads());
   }
 };
 
