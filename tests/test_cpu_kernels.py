@@ -202,7 +202,7 @@ def largest_k() -> Iterator[Outcome]:
 
 
 def threads() -> Iterator[Outcome]:
-    """Problems large enough to be split, by rows and by columns, over any number of threads."""
+    """Problems large enough to be split: by rows, columns and k, over any number of threads."""
     make = Maker(22)
     for m, n, k in (
         (1, 4099, 700),
@@ -210,6 +210,8 @@ def threads() -> Iterator[Outcome]:
         (40, 1031, 259),
         (700, 24, 600),
         (301, 333, 301),
+        (20, 50, 5003),
+        (500, 150, 2100),
     ):
         x, w, w_scale = torch.randn(m, k, generator=make.generator), make.int8(n, k), make.scale(n)
         expected = reference.int8_linear(x, w, w_scale)

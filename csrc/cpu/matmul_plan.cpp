@@ -15,6 +15,11 @@ constexpr int64_t kPackRows = 8;
 // blocks pass by.
 constexpr int64_t kPanelBytes = 320 * 1024;
 
+// Long rows are cut, else a panel would be so narrow that all of a passes by for a few columns. The
+// partial sums of a pass then stay in the cache as well.
+constexpr int64_t kMaxKBlock = 2048;
+constexpr int64_t kPartialBytes = 256 * 1024;
+
 constexpr int64_t kGroupBytes = 4;
 constexpr int64_t kOverrunBytes = 64;
 
@@ -56,16 +61,28 @@ MatmulPlan plan_matmul(int64_t m, int64_t n, int64_t k, const TileShape& tile, i
   const int64_t slivers = ceil_div(n, tile.cols);
   choose_grid(plan, tile, m, slivers, max_tasks);
 
-  const int64_t steps = round_up(k, tile.k_chunk) / tile.k_group;
-  const int64_t block_rows = ceil_div(m, plan.row_blocks);
-  plan.block_bytes =
-      round_up(kBlockHeaderBytes + steps * block_rows * kGroupBytes + kOverrunBytes, 64);
-  plan.sliver_bytes = steps * tile.cols * kGroupBytes;
+  const int64_t k_blocks = ceil_div(k, kMaxKBlock);
+  plan.k_block = round_up(ceil_div(k, k_blocks), tile.k_chunk);
+  const int64_t step_bytes = tile.cols * kGroupBytes;
+  plan.sliver_bytes = plan.k_block / tile.k_group * step_bytes;
   const int64_t panel_slivers = std::clamp<int64_t>(kPanelBytes / plan.sliver_bytes, 1,
                                                     ceil_div(slivers, plan.n_tasks));
   plan.panel_cols = panel_slivers * tile.cols;
   plan.panel_bytes = panel_slivers * plan.sliver_bytes;
-  plan.workspace_bytes = plan.row_blocks * plan.block_bytes + plan.tasks * plan.panel_bytes;
+  plan.task_bytes = plan.panel_bytes;
+  plan.pass_blocks = plan.row_blocks;
+  if (k_blocks > 1) {
+    const int64_t block_partials = panel_slivers * tile.max_rows * step_bytes;
+    plan.pass_blocks = std::clamp<int64_t>(kPartialBytes / block_partials, 1,
+                                           ceil_div(plan.row_blocks, plan.m_tasks));
+    plan.task_bytes += plan.pass_blocks * block_partials;
+  }
+
+  const int64_t steps = round_up(k, tile.k_chunk) / tile.k_group;
+  const int64_t block_rows = ceil_div(m, plan.row_blocks);
+  plan.block_bytes =
+      round_up(kBlockHeaderBytes + steps * block_rows * kGroupBytes + kOverrunBytes, 64);
+  plan.workspace_bytes = plan.row_blocks * plan.block_bytes + plan.tasks * plan.task_bytes;
   return plan;
 }
 

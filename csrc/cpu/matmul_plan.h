@@ -4,14 +4,17 @@
 //   dot     few rows of a: every row of w is read once, where it lies, and multiplied with the rows
 //           of a. Bound by the memory that holds w, so nothing is copied.
 //   packed  more rows: a is packed once into row blocks, each task packs a panel of w that stays in
-//           its cache, and a register tile of row block x 2 vectors of columns runs over all of K.
+//           its cache, and a register tile of row block x 2 vectors of columns runs over a k block.
+//           Between k blocks the sums wait in memory.
 // int32 sums are exact in any order, so the choice never changes a bit of the result.
 //
 // Note [Workspace]
-//   row block 0 | row block 1 | ... | panel of task 0 | panel of task 1 | ...
+//   row block 0 | row block 1 | ... | panel, partial sums of task 0 | those of task 1 | ...
 //   A row block is a header of kBlockHeaderBytes (int32 start values of its accumulators), then
 //   [k / k_group][rows] groups of 4 bytes, then room for the overrun of the last vector store.
-//   A panel is [panel_cols / cols] slivers of [k / k_group][cols] groups of 4 bytes.
+//   A panel is [panel_cols / cols] slivers of [k_block / k_group][cols] groups of 4 bytes.
+//   Partial sums, absent where one k block is all of K: [pass_blocks][panel_cols / cols] register
+//   tiles of int32.
 #pragma once
 
 #include "../common/params.h"
@@ -37,9 +40,12 @@ struct MatmulPlan {
   // The rest is for the packed path alone.
   int64_t row_blocks = 0;   // even split of m: no block is much smaller than the others
   int64_t block_bytes = 0;  // from one row block to the next
+  int64_t k_block = 0;      // a multiple of k_chunk
+  int64_t pass_blocks = 0;  // row blocks that pass by one packed panel
   int64_t panel_cols = 0;
   int64_t sliver_bytes = 0;
   int64_t panel_bytes = 0;
+  int64_t task_bytes = 0;  // panel and partial sums
   int64_t workspace_bytes = 0;
 };
 

@@ -14,6 +14,8 @@
 namespace int8_ops::cpu {
 namespace {
 
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The epilogue of one vector of columns, [col, col + count), down some rows: sums[i * sum_stride]
 // is the vector of row rows.begin + i. out = round((float(acc) * a_scale) * w_scale + bias).
 template <typename V, DType kOut>
@@ -132,12 +134,12 @@ void dot_rows(int64_t rows, const int8_t* a, const int8_t* const* w, int64_t k,
 template <typename V>
 void matmul_dot(const MatmulParams& p, int64_t begin, int64_t end) {
   for (int64_t row = 0; row < p.m; row += V::kDotRows) {
-    const int64_t rows = p.m - row < V::kDotRows ? p.m - row : V::kDotRows;
+    const int64_t rows = least(p.m - row, V::kDotRows);
     const int8_t* a = p.a + row * p.k;
     int32_t start[V::kDotRows];
     for (int64_t i = 0; i < rows; ++i) start[i] = start_value<V>(a + i * p.k, p.k);
     for (int64_t col = begin; col < end; col += V::kLanes) {
-      const int64_t count = end - col < V::kLanes ? end - col : V::kLanes;
+      const int64_t count = least(end - col, V::kLanes);
       // Lanes past the last column repeat it and are not stored.
       const int8_t* w[V::kLanes];
       for (int j = 0; j < V::kLanes; ++j) w[j] = p.w + (col + (j < count ? j : count - 1)) * p.k;
@@ -150,13 +152,15 @@ void matmul_dot(const MatmulParams& p, int64_t begin, int64_t end) {
 
 // ---- packed path ------------------------------------------------------------------------------
 
-// `rows` (at most kLanes) rows of src [rows, k] -> out[k / kGroup][lane], a group of 4 bytes a
-// lane, step_bytes from one k-group to the next. Writes whole vectors: of step_bytes shorter than a
-// vector the next step overwrites the overrun, and the last one's needs room behind it.
+// Values [0, k) of `rows` (at most kLanes) rows that stand `stride` apart -> out[k / kGroup][lane],
+// a group of 4 bytes a lane, step_bytes from one k-group to the next. Writes whole vectors: of
+// step_bytes shorter than a vector the next step overwrites the overrun, and the last one's needs
+// room behind it.
 template <typename V, bool kWeights>
-void pack_lanes(const int8_t* src, int64_t k, int64_t rows, char* out, int64_t step_bytes) {
+void pack_lanes(const int8_t* src, int64_t stride, int64_t k, int64_t rows, char* out,
+                int64_t step_bytes) {
   const int8_t* row[V::kLanes];
-  for (int i = 0; i < V::kLanes; ++i) row[i] = src + (i < rows ? i : rows - 1) * k;
+  for (int i = 0; i < V::kLanes; ++i) row[i] = src + (i < rows ? i : rows - 1) * stride;
   const auto chunk = [&](auto load_operand) __attribute__((always_inline)) {
     typename V::Int t[V::kLanes];
 #pragma GCC unroll 16
@@ -193,38 +197,41 @@ void pack_row_blocks(const MatmulParams& p, const MatmulPlan& plan, int64_t begi
     char* out = block_at(p, plan, block);
     auto* start = reinterpret_cast<int32_t*>(out);
     for (int64_t i = 0; i < count; ++i) start[i] = start_value<V>(a + i * p.k, p.k);
-    pack_lanes<V, false>(a, p.k, count, out + kBlockHeaderBytes, count * 4);
+    pack_lanes<V, false>(a, p.k, p.k, count, out + kBlockHeaderBytes, count * 4);
   }
 }
 
 template <typename V>
-void pack_panel(const MatmulParams& p, const MatmulPlan& plan, Range cols, char* panel) {
+void pack_panel(const MatmulParams& p, const MatmulPlan& plan, Range cols, Range ks, char* panel) {
   constexpr int64_t kStepBytes = V::kTileCols * 4;
-  char* sliver = panel;
   for (int64_t col = cols.begin; col < cols.end; col += V::kTileCols) {
     for (int64_t v = 0; v < V::kTileCols && col + v < cols.end; v += V::kLanes) {
+      const int8_t* w = p.w + (col + v) * p.k + ks.begin;
       const int64_t left = cols.end - col - v;
-      pack_lanes<V, true>(p.w + (col + v) * p.k, p.k, left < V::kLanes ? left : V::kLanes,
-                          sliver + v * 4, kStepBytes);
+      pack_lanes<V, true>(w, p.k, ks.end - ks.begin, least(left, V::kLanes),
+                          panel + v * 4, kStepBytes);
     }
-    sliver += plan.sliver_bytes;
+    panel += plan.sliver_bytes;
   }
 }
 
-// A row block of kRows rows times one sliver, over all of K, into sums [kRows, kTileCols]. Only the
-// sums leave the registers: with the epilogue in this function GCC spills the accumulators.
+// kRows rows of packed a times one sliver, over `steps` k-groups, into sums [kRows, kTileCols].
+// start: the accumulators' first values, one a row; null: go on from sums. Only sums leave the
+// registers: with the epilogue in this function GCC spills the accumulators.
 template <typename V, int kRows>
-void register_tile(const char* block, const char* sliver, int64_t steps, int32_t* sums) {
+void register_tile(const char* a, const char* sliver, int64_t steps, const int32_t* start,
+                   int32_t* sums) {
   using Int = typename V::Int;
   constexpr int kVecs = V::kTileCols / V::kLanes;
-  const auto* start = reinterpret_cast<const int32_t*>(block);
   Int acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = V::broadcast_int(start[i]);
+    for (int v = 0; v < kVecs; ++v) {
+      acc[i][v] = start != nullptr ? V::broadcast_int(start[i])
+                                   : V::load_ints(sums + i * V::kTileCols + v * V::kLanes);
+    }
   }
-  const char* a = block + kBlockHeaderBytes;
   for (int64_t s = 0; s < steps; ++s) {
     Int w[kVecs];
 #pragma GCC unroll 4
@@ -247,26 +254,39 @@ void register_tile(const char* block, const char* sliver, int64_t steps, int32_t
   }
 }
 
-// Calls register_tile for `rows` in kTileMinRows..kRows.
+// Calls register_tile for `rows` in kTileMinRows..kRows, on k block `ks` of a packed row block.
 template <typename V, int kRows>
-void tile_rows(int64_t rows, const char* block, const char* sliver, int64_t steps, int32_t* sums) {
+void tile_rows(int64_t rows, const char* block, Range ks, const char* sliver, int32_t* sums) {
   if constexpr (kRows > V::kTileMinRows) {
-    if (rows < kRows) return tile_rows<V, kRows - 1>(rows, block, sliver, steps, sums);
+    if (rows < kRows) return tile_rows<V, kRows - 1>(rows, block, ks, sliver, sums);
   }
-  register_tile<V, kRows>(block, sliver, steps, sums);
+  const int64_t steps = (ks.end - ks.begin + V::kGroup - 1) / V::kGroup;
+  const char* a = block + kBlockHeaderBytes + ks.begin / V::kGroup * (kRows * 4);
+  const auto* start = ks.begin == 0 ? reinterpret_cast<const int32_t*>(block) : nullptr;
+  register_tile<V, kRows>(a, sliver, steps, start, sums);
 }
 
-// One row block times the columns of a sliver, to out.
+// Row blocks `blocks` times one packed panel: columns `cols` of out, k block `ks`. After the last k
+// block the sums go through the epilogue to out.
 template <typename V>
-void block_times_sliver(const MatmulParams& p, Range rows, const char* block, Range cols,
-                        const char* sliver) {
-  alignas(64) int32_t sums[V::kTileRows * V::kTileCols];
-  const int64_t steps = (p.k + V::kGroup - 1) / V::kGroup;
-  tile_rows<V, V::kTileRows>(rows.end - rows.begin, block, sliver, steps, sums);
-  for (int64_t col = cols.begin; col < cols.end; col += V::kLanes) {
-    const int64_t left = cols.end - col;
-    store_columns<V>(p, rows, col, left < V::kLanes ? left : V::kLanes, sums + (col - cols.begin),
-                     V::kTileCols);
+void multiply_panel(const MatmulParams& p, const MatmulPlan& plan, Range blocks, Range cols,
+                    Range ks, const char* panel, int32_t* partial) {
+  constexpr int64_t kTileSums = V::kTileRows * V::kTileCols;
+  alignas(64) int32_t whole[kTileSums];
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const Range rows = part_of(p.m, plan.row_blocks, b);
+    const char* sliver = panel;
+    for (int64_t col = cols.begin; col < cols.end; col += V::kTileCols) {
+      int32_t* sums = plan.k_block < p.k ? partial : whole;
+      tile_rows<V, V::kTileRows>(rows.end - rows.begin, block_at(p, plan, b), ks, sliver, sums);
+      for (int64_t v = 0; ks.end == p.k && v < V::kTileCols && col + v < cols.end; v += V::kLanes) {
+        const int64_t left = cols.end - col - v;
+        store_columns<V>(p, rows, col + v, least(left, V::kLanes), sums + v,
+                         V::kTileCols);
+      }
+      sliver += plan.sliver_bytes;
+      partial += kTileSums;
+    }
   }
 }
 
@@ -275,22 +295,21 @@ void matmul_task(const MatmulParams& p, const MatmulPlan& plan, int64_t task) {
   // An even split leaves no block below half of the tile, save where m itself is that small.
   static_assert(V::kTileMinRows <= (V::kTileRows + 1) / 2 && V::kTileMinRows <= V::kDotMaxRows + 1,
                 "some row block would have no tile");
-  char* panel = block_at(p, plan, plan.row_blocks) + task * plan.panel_bytes;
+  char* panel = block_at(p, plan, plan.row_blocks) + task * plan.task_bytes;
+  auto* partial = reinterpret_cast<int32_t*>(panel + plan.panel_bytes);
   const Range blocks = part_of(plan.row_blocks, plan.m_tasks, task / plan.n_tasks);
   const int64_t slivers = (p.n + V::kTileCols - 1) / V::kTileCols;
   const Range own = part_of(slivers, plan.n_tasks, task % plan.n_tasks);
-  const int64_t n_end = own.end * V::kTileCols < p.n ? own.end * V::kTileCols : p.n;
+  const int64_t n_end = least(own.end * V::kTileCols, p.n);
 
-  for (int64_t col = own.begin * V::kTileCols; col < n_end; col += plan.panel_cols) {
-    const int64_t panel_end = col + plan.panel_cols < n_end ? col + plan.panel_cols : n_end;
-    pack_panel<V>(p, plan, {col, panel_end}, panel);
-    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      const Range rows = part_of(p.m, plan.row_blocks, b);
-      const char* sliver = panel;
-      for (int64_t c = col; c < panel_end; c += V::kTileCols) {
-        const int64_t c_end = c + V::kTileCols < panel_end ? c + V::kTileCols : panel_end;
-        block_times_sliver<V>(p, rows, block_at(p, plan, b), {c, c_end}, sliver);
-        sliver += plan.sliver_bytes;
+  for (int64_t b = blocks.begin; b < blocks.end; b += plan.pass_blocks) {
+    const Range pass = {b, least(b + plan.pass_blocks, blocks.end)};
+    for (int64_t col = own.begin * V::kTileCols; col < n_end; col += plan.panel_cols) {
+      const Range cols = {col, least(col + plan.panel_cols, n_end)};
+      for (int64_t k = 0; k < p.k; k += plan.k_block) {
+        const Range ks = {k, least(k + plan.k_block, p.k)};
+        pack_panel<V>(p, plan, cols, ks, panel);
+        multiply_panel<V>(p, plan, pass, cols, ks, panel, partial);
       }
     }
   }

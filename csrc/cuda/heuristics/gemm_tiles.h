@@ -45,9 +45,9 @@ struct GemmTile {
 
 // block_m, block_n, warps_m, warps_n, warps_k, stages, blocks_per_sm
 inline constexpr GemmTile kGemmTiles[] = {
-    {128, 256, 2, 4, 1, 3, 1},  // large: the highest rate, 64 x 64 a warp
+    {128, 256, 2, 4, 1, 4, 1},  // large: the highest rate, 64 x 64 a warp
     {128, 128, 2, 2, 1, 3, 2},  // two blocks a multiprocessor: one stores while one multiplies
-    {64, 128, 2, 2, 1, 3, 3},   // short K, or too few rows for the above
+    {64, 128, 2, 2, 2, 3, 1},   // few tiles: eight warps on each
     {64, 64, 2, 2, 1, 4, 3},    // few tiles
     {32, 64, 1, 2, 2, 3, 3},    // 17..32 rows
     {16, 64, 1, 2, 2, 4, 2},    // decode: weights streamed

@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(kThreads)
     quantize_cols_kernel(const T* x, int8_t* q, float* scale, int64_t rows, int32_t cols,
                          bool aligned) {
   ptx::grid_dependency_wait();
-  ptx::grid_dependency_trigger();
   __shared__ float partial[kRowLanes][kColsPerBlock];
   __shared__ float col_amax[kColsPerBlock];
   const int chunk_lane = threadIdx.x % kChunkLanes;

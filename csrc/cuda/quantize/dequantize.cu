@@ -13,7 +13,6 @@ constexpr int kVector = 8;
 template <int kPerThread>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p) {
   ptx::grid_dependency_wait();
-  ptx::grid_dependency_trigger();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (first >= p.rows * p.cols) return;
   const int64_t row = first / p.cols;

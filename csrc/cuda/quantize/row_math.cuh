@@ -21,14 +21,15 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// A chunk in its storage dtype, with the exact conversion to float32.
+// A chunk in its storage dtype, with the exact conversion to float32. Loaded as streaming data: x is
+// read once, and cache is better spent on q, which the matmul reads next.
 template <typename T>
 struct Chunk {
   static_assert(sizeof(T) == 2);
   uint4 raw;
 
   __device__ __forceinline__ void load(const T* from) {
-    raw = __ldg(reinterpret_cast<const uint4*>(from));
+    raw = __ldcs(reinterpret_cast<const uint4*>(from));
   }
   __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
 
@@ -76,8 +77,8 @@ struct Chunk<float> {
   float4 hi;
 
   __device__ __forceinline__ void load(const float* from) {
-    lo = __ldg(reinterpret_cast<const float4*>(from));
-    hi = __ldg(reinterpret_cast<const float4*>(from) + 1);
+    lo = __ldcs(reinterpret_cast<const float4*>(from));
+    hi = __ldcs(reinterpret_cast<const float4*>(from) + 1);
   }
   __device__ __forceinline__ void clear() { lo = hi = make_float4(0, 0, 0, 0); }
   __device__ __forceinline__ void to_float(float (&x)[kChunk]) const {

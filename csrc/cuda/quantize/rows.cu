@@ -44,7 +44,6 @@ template <typename T, int kThreadsPerRow, int kChunksPerThread>
 __global__ void __launch_bounds__(kThreads)
     quantize_rows_kernel(const T* x, int8_t* q, float* scale, int64_t rows, int32_t cols) {
   ptx::grid_dependency_wait();
-  ptx::grid_dependency_trigger();
   constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
@@ -85,7 +84,6 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_rows_looped_kernel(const T* x, int8_t* q, float* scale, int32_t cols) {
   ptx::grid_dependency_wait();
-  ptx::grid_dependency_trigger();
   const int64_t row = blockIdx.x;
   x += row * cols;
   q += row * cols;
@@ -124,13 +122,15 @@ void launch_for_dtype(const QuantizeParams& p) {
                                            static_cast<int32_t>(p.cols));
     return;
   }
-  if (p.cols <= 8 * kChunk) return launch_held<T, 8, 1>(p);
-  if (p.cols <= 16 * kChunk) return launch_held<T, 16, 1>(p);
-  if (p.cols <= 32 * kChunk) return launch_held<T, 32, 1>(p);
-  if (p.cols <= 64 * kChunk) return launch_held<T, 32, 2>(p);
+  // Few lanes with several chunks each: a warp then has enough loads under way to hide the latency
+  // of device memory, which one load a lane does not.
+  if (p.cols <= 8 * kChunk) return launch_held<T, 4, 2>(p);
+  if (p.cols <= 16 * kChunk) return launch_held<T, 4, 4>(p);
+  if (p.cols <= 32 * kChunk) return launch_held<T, 8, 4>(p);
+  if (p.cols <= 64 * kChunk) return launch_held<T, 16, 4>(p);
   if (p.cols <= 128 * kChunk) return launch_held<T, 32, 4>(p);
   if (p.cols <= 256 * kChunk) return launch_held<T, 32, 8>(p);
-  if (p.cols <= 512 * kChunk) return launch_held<T, 128, 4>(p);
+  if (p.cols <= 512 * kChunk) return launch_held<T, 32, 16>(p);
   if (p.cols <= 1024 * kChunk) return launch_held<T, 256, 4>(p);
   return launch_held<T, 256, 8>(p);
 }

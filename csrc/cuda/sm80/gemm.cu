@@ -37,7 +37,6 @@ constexpr int kReduceThreads = 128;
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_splits_kernel(const int32_t* slabs, int32_t splits, ScaleEpilogue epilogue) {
   ptx::grid_dependency_wait();
-  ptx::grid_dependency_trigger();
   const int32_t groups = (epilogue.n + 7) / 8;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   if (index >= static_cast<int64_t>(epilogue.m) * groups) return;

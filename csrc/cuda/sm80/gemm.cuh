@@ -229,6 +229,13 @@ struct GemmKernel {
         const Fragments& now = fragments[kStep % 2];
         Fragments& then = fragments[(kStep + 1) % 2];
         const auto run_row = [&]<int kI>() {
+          // Before the warps meet: the wait there counts this round's group.
+          if constexpr (kI == 0) {
+            if (more) {
+              loader.template load<kStep, kSteps>(shared + write_stage * kTile.stage_bytes());
+            }
+            if constexpr (kStep + 1 == kSteps) ptx::cp_async_commit_group();
+          }
           if constexpr (kStep + 1 < kSteps) {
             load_fragments<kI, kMTiles>(then, read, addresses, kStep + 1);
           } else if constexpr (kI >= kMeet) {
@@ -243,12 +250,6 @@ struct GemmKernel {
             }
           }
           multiply(acc, now, kI);
-          if constexpr (kI == 0) {
-            if (more) {
-              loader.template load<kStep, kSteps>(shared + write_stage * kTile.stage_bytes());
-            }
-            if constexpr (kStep + 1 == kSteps) ptx::cp_async_commit_group();
-          }
         };
         (run_row.template operator()<kRow>(), ...);
       };
@@ -268,7 +269,6 @@ struct GemmKernel {
     auto* const factors = reinterpret_cast<Factors*>(storage);
     uint8_t* const shared = storage + kTile.factor_bytes();
     ptx::grid_dependency_wait();
-    ptx::grid_dependency_trigger();
 
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -298,6 +298,8 @@ struct GemmKernel {
       if (index < works) {
         work = work_at(args, index);
         begin(args, work, loader, factors[slot ^ 1], shared);
+      } else {
+        ptx::grid_dependency_trigger();
       }
       if (warp_k == 0) {
         ScaleEpilogue epilogue = args.epilogue;
