@@ -4,6 +4,7 @@
 #   make test       the tests; those that need a GPU are skipped where there is none
 #   make gpu-test   the tests that need a GPU, and fails where there is none
 #   make lint       ruff, mypy, clang-format and the house rules
+#   make format     lets ruff and clang-format rewrite what `make lint` would object to
 #   make build      the extension, in place
 #   make clean      removes what was built; the environment stays
 #
@@ -24,7 +25,7 @@ endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test gpu-test lint build clean
+.PHONY: demo test gpu-test lint format build clean
 .DEFAULT_GOAL := build
 
 demo: set-up-demo
@@ -45,6 +46,11 @@ lint: set-up-lint
 	$(PY) -m mypy
 	$(PY) scripts/check_format.py
 	$(PY) scripts/check_house_rules.py
+
+format: set-up-lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) scripts/check_format.py --fix
 
 build: set-up-build
 
