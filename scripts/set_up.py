@@ -97,7 +97,9 @@ def build() -> None:
     text = log.read_text(errors="replace")
     if status != 0:
         sys.exit(f"{text}\nset up: the build failed; its output is above and in build/build.log")
-    print("\n".join(line for line in text.splitlines() if line.startswith("int8_ops: ")))
+    for line in text.splitlines():
+        if line.startswith("int8_ops: "):
+            print(line)
     BUILT.write_text(json.dumps({"inputs": inputs, "outputs": build_outputs()}))
 
 
