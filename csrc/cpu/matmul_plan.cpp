@@ -65,8 +65,8 @@ MatmulPlan plan_matmul(int64_t m, int64_t n, int64_t k, const TileShape& tile, i
   plan.k_block = round_up(ceil_div(k, k_blocks), tile.k_chunk);
   const int64_t step_bytes = tile.cols * kGroupBytes;
   plan.sliver_bytes = plan.k_block / tile.k_group * step_bytes;
-  const int64_t panel_slivers = std::clamp<int64_t>(kPanelBytes / plan.sliver_bytes, 1,
-                                                    ceil_div(slivers, plan.n_tasks));
+  const int64_t panel_slivers =
+      std::clamp<int64_t>(kPanelBytes / plan.sliver_bytes, 1, ceil_div(slivers, plan.n_tasks));
   plan.panel_cols = panel_slivers * tile.cols;
   plan.panel_bytes = panel_slivers * plan.sliver_bytes;
   plan.task_bytes = plan.panel_bytes;

@@ -35,9 +35,7 @@ struct CpuPolicy {
                                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
 
-  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
-    return plan(p).workspace_bytes;
-  }
+  static int64_t matmul_workspace_bytes(const MatmulParams& p) { return plan(p).workspace_bytes; }
 
   static void matmul(const MatmulParams& p) {
     const KernelTable& table = kernels();

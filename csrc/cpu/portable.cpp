@@ -43,8 +43,8 @@ uint16_t float_to_half_bits(float x) {
   if (magnitude < 0x38800000) {
     // Below 2^-14 a half has steps of 2^-24, which are float32's own steps in [0.5, 1): the
     // addition rounds to them, and the step count is left in the low bits.
-    return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5F) -
-                                         float_to_bits(0.5F)));
+    return static_cast<uint16_t>(
+        sign | (float_to_bits(bits_to_float(magnitude) + 0.5F) - float_to_bits(0.5F)));
   }
   const uint32_t odd = (magnitude >> 13) & 1;
   return static_cast<uint16_t>(sign | ((magnitude - ((127U - 15U) << 23) + 0xfff + odd) >> 13));

@@ -36,9 +36,7 @@ struct Avx2 {
   static Int load_ints(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
   }
-  static void store_ints(void* to, Int x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(to), x);
-  }
+  static void store_ints(void* to, Int x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
   static Int operand(const int8_t* from) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
@@ -168,9 +166,7 @@ struct Avx2 {
   static __m128i load_half(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));
   }
-  static void store_half(void* to, __m128i x) {
-    _mm_storeu_si128(static_cast<__m128i*>(to), x);
-  }
+  static void store_half(void* to, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(to), x); }
 };
 
 }  // namespace

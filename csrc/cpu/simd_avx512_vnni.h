@@ -137,8 +137,8 @@ struct Avx512Vnni {
     const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), broadcast_int(1));
     const Int rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, broadcast_int(0x7fff)));
     const Int high = _mm512_srli_epi32(rounded, 16);
-    const Int out = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q),
-                                            broadcast_int(0x7fc0), high);
+    const Int out =
+        _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), broadcast_int(0x7fc0), high);
     _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(out));
   }
   // Lanes within int8.

@@ -142,8 +142,8 @@ void dequantize(const DequantizeParams& p, int64_t begin, int64_t end) {
         if (p.scale_per_col) {
           scale = load_floats<V, DType::kFloat32>(p.scale, at - row * p.cols, count);
         }
-        store_floats<V, decltype(dtype)::value>(
-            p.out, at, count, V::mul(load_int8<V>(p.q + at, count), scale));
+        store_floats<V, decltype(dtype)::value>(p.out, at, count,
+                                                V::mul(load_int8<V>(p.q + at, count), scale));
         at += count;
       }
     }

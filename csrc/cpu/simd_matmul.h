@@ -104,9 +104,8 @@ void dot_tile(const int8_t* a, const int8_t* const* w, int64_t k, const int32_t*
   }
   // Past K both operands are zero; as weights that may be kWeightOffset, times zero.
   if (at < k) {
-    step([&](const int8_t* row) __attribute__((always_inline)) {
-      return V::operand_tail(row, at, k);
-    });
+    step([&](const int8_t* row)
+             __attribute__((always_inline)) { return V::operand_tail(row, at, k); });
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -178,9 +177,8 @@ void pack_lanes(const int8_t* src, int64_t stride, int64_t k, int64_t rows, char
     chunk([&](const int8_t* from) __attribute__((always_inline)) { return V::operand(from + at); });
   }
   if (at < k) {
-    chunk([&](const int8_t* from) __attribute__((always_inline)) {
-      return V::operand_tail(from, at, k);
-    });
+    chunk([&](const int8_t* from)
+              __attribute__((always_inline)) { return V::operand_tail(from, at, k); });
   }
 }
 
@@ -208,8 +206,8 @@ void pack_panel(const MatmulParams& p, const MatmulPlan& plan, Range cols, Range
     for (int64_t v = 0; v < V::kTileCols && col + v < cols.end; v += V::kLanes) {
       const int8_t* w = p.w + (col + v) * p.k + ks.begin;
       const int64_t left = cols.end - col - v;
-      pack_lanes<V, true>(w, p.k, ks.end - ks.begin, least(left, V::kLanes),
-                          panel + v * 4, kStepBytes);
+      pack_lanes<V, true>(w, p.k, ks.end - ks.begin, least(left, V::kLanes), panel + v * 4,
+                          kStepBytes);
     }
     panel += plan.sliver_bytes;
   }
@@ -281,8 +279,7 @@ void multiply_panel(const MatmulParams& p, const MatmulPlan& plan, Range blocks,
       tile_rows<V, V::kTileRows>(rows.end - rows.begin, block_at(p, plan, b), ks, sliver, sums);
       for (int64_t v = 0; ks.end == p.k && v < V::kTileCols && col + v < cols.end; v += V::kLanes) {
         const int64_t left = cols.end - col - v;
-        store_columns<V>(p, rows, col + v, least(left, V::kLanes), sums + v,
-                         V::kTileCols);
+        store_columns<V>(p, rows, col + v, least(left, V::kLanes), sums + v, V::kTileCols);
       }
       sliver += plan.sliver_bytes;
       partial += kTileSums;
@@ -318,8 +315,8 @@ void matmul_task(const MatmulParams& p, const MatmulPlan& plan, int64_t task) {
 template <typename V>
 constexpr KernelTable simd_table(const char* isa) {
   const TileShape tile = {V::kTileRows, V::kTileCols, V::kGroup, V::kChunk, V::kDotMaxRows};
-  return {isa,           quantize_rows<V>, quantize_cols<V>,   dequantize<V>,
-          tile,          matmul_dot<V>,    pack_row_blocks<V>, matmul_task<V>};
+  return {isa,  quantize_rows<V>, quantize_cols<V>,   dequantize<V>,
+          tile, matmul_dot<V>,    pack_row_blocks<V>, matmul_task<V>};
 }
 
 }  // namespace

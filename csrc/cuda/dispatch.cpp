@@ -13,6 +13,7 @@
 
 #include "arch_list.h"
 #include "heuristics/gemm_heuristics.h"
+#include "quantize/quantize.h"
 #include "sm80/gemm.h"
 
 namespace int8_ops::cuda {
@@ -124,6 +125,10 @@ void require_supported_device(const ExecContext& ctx) {
 
 int64_t matmul_workspace_bytes(const MatmulParams& p) {
   return gemm_workspace_bytes(problem_of(p), plan_for(p));
+}
+
+void quantize(const QuantizeParams& p) {
+  p.scale_per_col ? quantize_cols(p) : quantize_rows(p, device_of(p.ctx).facts.sm_count);
 }
 
 void matmul(const MatmulParams& p) {

@@ -11,6 +11,9 @@ int64_t matmul_workspace_bytes(const MatmulParams& p);
 // int8 matmul with the epilogue that p asks for, on the context's device and stream.
 void matmul(const MatmulParams& p);
 
+// Symmetric quantization, a scale a row or a column.
+void quantize(const QuantizeParams& p);
+
 // Throws unless the context's device can run what was compiled.
 void require_supported_device(const ExecContext& ctx);
 

@@ -19,6 +19,8 @@ struct GemmTile {
   int32_t stages;
   // Blocks that fit on one multiprocessor of sm_90; a hint to the compiler and to the cost model.
   int32_t blocks_per_sm;
+  // Percent of mma.sync's peak that the main loop reaches (H200, long K); for the cost model.
+  int32_t rate;
 
   // Each K-warp reads rows of 128 bytes: eight 16-byte chunks, the period of the swizzle.
   static constexpr int32_t kRowBytes = 128;
@@ -43,15 +45,15 @@ struct GemmTile {
   }
 };
 
-// block_m, block_n, warps_m, warps_n, warps_k, stages, blocks_per_sm
+// block_m, block_n, warps_m, warps_n, warps_k, stages, blocks_per_sm, rate
 inline constexpr GemmTile kGemmTiles[] = {
-    {128, 256, 2, 4, 1, 4, 1},  // large: the highest rate, 64 x 64 a warp
-    {128, 128, 2, 2, 1, 3, 2},  // two blocks a multiprocessor: one stores while one multiplies
-    {64, 128, 2, 2, 2, 3, 1},   // few tiles: eight warps on each
-    {64, 64, 2, 2, 1, 4, 3},    // few tiles
-    {32, 64, 1, 2, 2, 3, 3},    // 17..32 rows
-    {16, 64, 1, 2, 2, 4, 2},    // decode: weights streamed
-    {16, 32, 1, 1, 4, 4, 2},    // decode, more blocks over the same weights
+    {128, 256, 2, 4, 1, 3, 1, 70},  // large: the highest rate, 64 x 64 a warp
+    {128, 128, 2, 2, 1, 3, 2, 65},  // two blocks a multiprocessor: one stores while one multiplies
+    {64, 128, 2, 2, 2, 3, 1, 44},   // few tiles: eight warps on each
+    {64, 64, 2, 2, 1, 4, 3, 41},    // fewer
+    {32, 64, 1, 2, 2, 3, 3, 34},    // 17..32 rows
+    {16, 64, 1, 2, 2, 4, 2, 20},    // decode: weights streamed
+    {16, 32, 1, 1, 4, 4, 2, 12},    // decode, more blocks over the same weights
 };
 inline constexpr size_t kNumGemmTiles = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 

@@ -21,8 +21,8 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// A chunk in its storage dtype, with the exact conversion to float32. Loaded as streaming data: x is
-// read once, and cache is better spent on q, which the matmul reads next.
+// A chunk in its storage dtype, with the exact conversion to float32. Loaded as streaming data: x
+// is read once, and cache is better spent on q, which the matmul reads next.
 template <typename T>
 struct Chunk {
   static_assert(sizeof(T) == 2);
