@@ -23,6 +23,9 @@ def pick_device(name: str | None) -> torch.device:
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or 0) >= count:
             raise CommandError(f"--device {name}: torch {torch.__version__} sees {count} of them")
+        # Streams, graphs and kernels without a device of their own go to the current one.
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 
