@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def test_every_tile_is_compiled(arch: str, compiled: dict) -> None:
             assert -(-registers // 8) * 8 * tile["threads"] <= REGISTERS_PER_SM
 
 
-# ---- the built library ----------------------------------------------------------------------------
+# ---- the built library --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +150,17 @@ def library() -> Path:
 
 
 def find_cuobjdump() -> str | None:
-    """The toolkit's, or the one of the PyPI package nvidia-cuda-cuobjdump."""
+    """The toolkit's, or the one that PyPI's nvidia-cuda-cuobjdump or triton brings."""
     nvcc = find_nvcc()
     beside = [str(Path(nvcc).resolve().parent / "cuobjdump")] if nvcc else []
     for path in ("cuobjdump", *beside, "/usr/local/cuda/bin/cuobjdump"):
-        found = shutil.which(path)
-        if found is not None:
-            return found
+        on_path = shutil.which(path)
+        if on_path is not None:
+            return on_path
     for site in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        for path in sorted(Path(site).glob("nvidia/*/bin/cuobjdump")):
-            return str(path)
+        for place in ("nvidia/*/bin/cuobjdump", "triton/backends/nvidia/bin/cuobjdump"):
+            for found in sorted(Path(site).glob(place)):
+                return str(found)
     return None
 
 
@@ -168,7 +168,7 @@ def find_cuobjdump() -> str | None:
 def cuobjdump(library: Path):
     tool = find_cuobjdump()
     if tool is None:
-        pytest.skip("no cuobjdump: neither a CUDA toolkit's nor nvidia-cuda-cuobjdump's")
+        pytest.skip("no cuobjdump in the toolkit, and no nvidia-cuda-cuobjdump or triton")
 
     def run(*args: str) -> str:
         done = subprocess.run(
