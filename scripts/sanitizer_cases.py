@@ -1,0 +1,186 @@
+"""Every CUDA kernel of this library once, small: what compute-sanitizer is pointed at.
+
+compute-sanitizer --tool memcheck python3 scripts/sanitizer_cases.py
+    (racecheck, initcheck and synccheck likewise)
+
+Inputs are made on the CPU and copied, results copied back and compared there with the reference:
+no kernel of torch runs on the device, so a finding is ours. Exit status 1 if a result differs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# A true cudaMalloc a tensor: an access past a tensor's end, or a read of what was never written,
+# is then seen as one, and not hidden in a block that the caching allocator hands around.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from int8_ops import _extension, reference
+
+FORCE = "INT8_OPS_GEMM_CONFIG"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICE = torch.device("cuda")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+ops = torch.ops.int8_ops
+
+# One result of a case: what, got, expected.
+Outcome = tuple[str, Tensor, Tensor]
+
+
+def same_bits(got: Tensor, expected: Tensor) -> bool:
+    """Shape, dtype and every bit; NaNs count as one value."""
+    got = got.cpu()
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    if got.is_floating_point():
+        if not torch.equal(got.isnan(), expected.isnan()):
+            return False
+        got, expected = got.nan_to_num(0.0), expected.nan_to_num(0.0)
+    bits = BITS[got.element_size()]
+    return torch.equal(got.view(bits), expected.view(bits))
+
+
+def integers(rows: int, cols: int) -> Tensor:
+    """Random int8 over the whole range."""
+    return torch.randint(-128, 128, (rows, cols), dtype=torch.int8)
+
+
+def offset_copy(t: Tensor, elements: int) -> Tensor:
+    """On the device, from `elements` into an allocation of its own: no 16-byte alignment."""
+    flat = torch.zeros(t.numel() + elements, dtype=t.dtype)
+    flat[elements:] = t.reshape(-1)
+    return flat.to(DEVICE)[elements:].view(t.shape)
+
+
+def gemm(tile: int, splits: int, m: int, n: int, k: int, offset: int = 0) -> Iterator[Outcome]:
+    """int8_mm and int8_scaled_mm through one tile, [m, k] times [n, k] transposed."""
+    os.environ[FORCE] = f"{tile}:{splits}"
+    a, w = integers(m, k), integers(n, k)
+    a_scale, w_scale = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
+    dtype = DTYPES[(tile + splits) % 3]
+    bias = torch.randn(n).to(DTYPES[(tile + splits + 1) % 3])
+    product = reference.int8_mm(a, w)
+    where = f"tile {tile} split {splits} [{m}, {n}, {k}] offset {offset}"
+    here = offset_copy(a, offset), offset_copy(w, offset)
+    yield f"int8_mm {where}", ops.int8_mm(*here), product
+    scaled = ops.int8_scaled_mm(
+        *here, a_scale.to(DEVICE), w_scale.to(DEVICE), bias.to(DEVICE), dtype
+    )
+    expected = reference.epilogue(product, a_scale, w_scale, bias, dtype)
+    yield f"int8_scaled_mm {where} {dtype}", scaled, expected
+    del os.environ[FORCE]
+
+
+def gemm_cases() -> Iterator[Outcome]:
+    """Every tile: aligned or not, split or not, a tile a block or several."""
+    properties = torch.cuda.get_device_properties(DEVICE)
+    for index, tile in enumerate(_extension.build_info.require().gemm_tiles()):
+        if tile["shared_bytes"] > properties.shared_memory_per_block_optin:
+            print(f"left out: tile {index} needs more shared memory than this device has")
+            continue
+        rows, cols, block_k = tile["block_m"], tile["block_n"], tile["block_k"]
+        for splits in (1, 3):
+            # Vector stores and K-blocks beyond the stages; then rests on all sides.
+            yield from gemm(index, splits, rows + 8, cols + 8, 6 * block_k)
+            yield from gemm(index, splits, rows - 3, cols - 5, 2 * block_k + 48)
+            if tile["serves_unaligned"]:
+                yield from gemm(index, splits, rows + 1, cols + 3, 5 * block_k + 13)
+                yield from gemm(index, splits, 3, cols, 64, offset=1)
+        # At most three blocks a multiprocessor: each then has a second tile.
+        side = int((4 * properties.multi_processor_count) ** 0.5) + 1
+        yield from gemm(index, 1, rows * side, cols * side, 32)
+
+
+def special(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Ordinary rows, and one each of zeros, NaN, Inf, the largest and the smallest value."""
+    x = torch.randn(rows, cols).to(dtype)
+    for row, value in enumerate((0.0, torch.nan, torch.inf, torch.finfo(dtype).max)):
+        if row < rows:
+            x[row, -1 if row in (1, 2) else slice(None)] = value
+    if rows > 4:
+        x[4] = torch.finfo(dtype).tiny
+    return x
+
+
+def quantize(x: Tensor, axis: int, offset: int = 0) -> Iterator[Outcome]:
+    """A scale a row (axis 0) or a column."""
+    q, scale = reference.quantize_per_channel(x, axis)
+    got_q, got_scale = ops.quantize_per_channel(offset_copy(x, offset), axis)
+    where = f"quantize axis {axis} {tuple(x.shape)} {x.dtype} offset {offset}"
+    yield f"{where} q", got_q, q
+    yield f"{where} scale", got_scale, scale
+
+
+def quantize_cases() -> Iterator[Outcome]:
+    """Every width at which the row kernel changes, rows enough for several turns, columns."""
+    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    for dtype in DTYPES:
+        for cols in (8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 16392, 1, 77, 1041):
+            yield from quantize(special(7, cols, dtype), 0)
+        yield from quantize(special(7, 64, dtype), 0, offset=1)
+        for rows, cols in ((1, 8), (70, 64), (130, 77), (65, 33)):
+            yield from quantize(special(rows, cols, dtype), 1)
+        yield from quantize(special(70, 64, dtype), 1, offset=1)
+    # Three turns of the resident blocks, of which there are at most four a multiprocessor.
+    for cols, rows_per_block in ((16, 64), (2048, 4), (8192, 1)):
+        rows = multiprocessors * 4 * rows_per_block * 2 + 3
+        yield from quantize(special(rows, cols, torch.float16), 0)
+
+
+def dequantize_cases() -> Iterator[Outcome]:
+    """Vector and scalar, a scale a row and a scale a column."""
+    for dtype in DTYPES:
+        for cols, offset in ((64, 0), (1000, 8), (77, 0), (64, 1)):
+            q = integers(33, cols)
+            for scale in (torch.rand(33, 1), torch.rand(1, cols)):
+                got = ops.dequantize(offset_copy(q, offset), scale.to(DEVICE), dtype)
+                where = f"dequantize {tuple(q.shape)} offset {offset} {dtype}"
+                yield where, got, reference.dequantize(q, scale, dtype)
+
+
+def linear_cases() -> Iterator[Outcome]:
+    """int8_linear as the heuristics run it: few rows, a split, many rows, unaligned rows."""
+    for dtype in DTYPES:
+        for m, n, k in ((1, 64, 2048), (17, 96, 1040), (150, 264, 512), (5, 33, 77)):
+            x = special(m, k, dtype)
+            w, w_scale, bias = integers(n, k), torch.rand(n, 1), torch.randn(n).to(dtype)
+            got = ops.int8_linear(
+                x.to(DEVICE), w.to(DEVICE), w_scale.to(DEVICE), bias.to(DEVICE), None
+            )
+            expected = reference.int8_linear(x, w, w_scale, bias)
+            yield f"int8_linear [{m}, {n}, {k}] {dtype}", got, expected
+
+
+def main() -> int:
+    """Run all; the number of cases, or what differed."""
+    _extension.core.require()
+    _extension.cuda.require()
+    if not torch.cuda.is_available():
+        print("sanitizer_cases: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    os.environ.pop(FORCE, None)
+    cases = 0
+    wrong = 0
+    for group in (quantize_cases, dequantize_cases, gemm_cases, linear_cases):
+        for what, got, expected in group():
+            cases += 1
+            if not same_bits(got, expected):
+                wrong += 1
+                print(f"differs: {what}")
+    if wrong:
+        print(f"{cases} cases, {wrong} differ from the reference")
+        return 1
+    print(f"{cases} cases, all equal to the reference")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
