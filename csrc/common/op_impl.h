@@ -12,23 +12,46 @@
 // Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.
 #pragma once
 
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "checks.h"
 
 namespace int8_ops {
 
+// The sizes of a tensor to be made, without a heap allocation.
+class Sizes {
+ public:
+  Sizes(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) values_[count_++] = size;
+  }
+  // Those of t, with another last one.
+  Sizes(const Tensor& t, int64_t last) : count_(t.dim()) {
+    INT8_OPS_CHECK(count_ <= kMaxDims, "tensor: expected at most ", kMaxDims, " dimensions, got ",
+                   count_);
+    for (int64_t i = 0; i + 1 < count_; ++i) values_[i] = t.size(i);
+    values_[count_ - 1] = last;
+  }
+  int64_t count() const { return count_; }
+  const int64_t* data() const { return values_.data(); }
+
+  static constexpr int64_t kMaxDims = 64;  // as in torch
+
+ private:
+  std::array<int64_t, kMaxDims> values_;
+  int64_t count_ = 0;
+};
+
 // An uninitialised contiguous tensor beside `like`. Calls the C shim directly: the dispatcher's
 // lookup by name would cost more than the allocation.
-inline Tensor empty_on_device_of(const Tensor& like, const std::vector<int64_t>& sizes,
-                                 ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
+inline Tensor empty_on_device_of(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  std::array<int64_t, Sizes::kMaxDims> strides;
   int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
+  for (int64_t i = sizes.count(); i-- > 0;) {
     strides[i] = step;
-    step *= sizes[i] > 0 ? sizes[i] : 1;
+    step *= sizes.data()[i] > 0 ? sizes.data()[i] : 1;
   }
   int32_t device_type = 0;
   int32_t device_index = 0;
@@ -36,7 +59,7 @@ inline Tensor empty_on_device_of(const Tensor& like, const std::vector<int64_t>&
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      sizes.count(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
   return Tensor(handle);
@@ -44,13 +67,6 @@ inline Tensor empty_on_device_of(const Tensor& like, const std::vector<int64_t>&
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-inline std::vector<int64_t> sizes_with_last(const Tensor& t, int64_t last) {
-  const auto sizes = t.sizes();
-  std::vector<int64_t> out(sizes.begin(), sizes.end());
-  out.back() = last;
-  return out;
 }
 
 template <typename Policy>
@@ -61,8 +77,8 @@ struct OpImpl {
     const DType dtype = float_dtype(kOp, "x", x.scalar_type());
     typename Policy::Guard guard(x);
     const Tensor x_c = as_contiguous(x);
-    Tensor q = empty_on_device_of(x, sizes_with_last(x, shape.cols), ScalarType::Char);
-    Tensor scale = empty_on_device_of(x, sizes_with_last(x, 1), ScalarType::Float);
+    Tensor q = empty_on_device_of(x, Sizes(x, shape.cols), ScalarType::Char);
+    Tensor scale = empty_on_device_of(x, Sizes(x, 1), ScalarType::Float);
     run_quantize(x_c, dtype, q, scale, shape, /*scale_per_col=*/false);
     return {q, scale};
   }
@@ -78,9 +94,9 @@ struct OpImpl {
                    ": expected at least one row for scales a column, got ", shape_string(w));
     typename Policy::Guard guard(w);
     const Tensor w_c = as_contiguous(w);
-    Tensor q = empty_on_device_of(w, {shape.rows, shape.cols}, ScalarType::Char);
-    Tensor scale = per_col ? empty_on_device_of(w, {1, shape.cols}, ScalarType::Float)
-                           : empty_on_device_of(w, {shape.rows, 1}, ScalarType::Float);
+    Tensor q = empty_on_device_of(w, Sizes{shape.rows, shape.cols}, ScalarType::Char);
+    Tensor scale = per_col ? empty_on_device_of(w, Sizes{1, shape.cols}, ScalarType::Float)
+                           : empty_on_device_of(w, Sizes{shape.rows, 1}, ScalarType::Float);
     run_quantize(w_c, dtype, q, scale, shape, per_col);
     return {q, scale};
   }
@@ -97,7 +113,7 @@ struct OpImpl {
     typename Policy::Guard guard(q);
     const Tensor q_c = as_contiguous(q);
     const Tensor scale_c = as_contiguous(scale);
-    Tensor out = empty_on_device_of(q, sizes_with_last(q, shape.cols), dtype);
+    Tensor out = empty_on_device_of(q, Sizes(q, shape.cols), dtype);
     p.q = q_c.const_data_ptr<int8_t>();
     p.scale = scale_c.const_data_ptr<float>();
     p.out = out.mutable_data_ptr();
@@ -115,7 +131,7 @@ struct OpImpl {
     typename Policy::Guard guard(a);
     const Tensor a_c = as_contiguous(a);
     const Tensor w_c = as_contiguous(w);
-    Tensor out = empty_on_device_of(a, sizes_with_last(a, shape.n), ScalarType::Int);
+    Tensor out = empty_on_device_of(a, Sizes(a, shape.n), ScalarType::Int);
     MatmulParams p = matmul_params(shape, w_c, out, DType::kInt32);
     p.a = a_c.const_data_ptr<int8_t>();
     run_matmul(p, out);
@@ -137,7 +153,7 @@ struct OpImpl {
     const Tensor w_c = as_contiguous(w);
     const Tensor a_scale_c = as_contiguous(a_scale);
     const Epilogue epilogue(w_scale, bias);
-    Tensor out = empty_on_device_of(a, sizes_with_last(a, shape.n), out_dtype);
+    Tensor out = empty_on_device_of(a, Sizes(a, shape.n), out_dtype);
     MatmulParams p = matmul_params(shape, w_c, out, out_type);
     p.a = a_c.const_data_ptr<int8_t>();
     p.a_scale = a_scale_c.const_data_ptr<float>();
@@ -160,7 +176,7 @@ struct OpImpl {
     const Tensor x_c = as_contiguous(x);
     const Tensor w_c = as_contiguous(w);
     const Epilogue epilogue(w_scale, bias);
-    Tensor out = empty_on_device_of(x, sizes_with_last(x, shape.n), out_scalar);
+    Tensor out = empty_on_device_of(x, Sizes(x, shape.n), out_scalar);
     if (shape.m == 0 || shape.n == 0) return out;
 
     MatmulParams p = matmul_params(shape, w_c, out, out_type);
@@ -169,7 +185,8 @@ struct OpImpl {
     const int64_t q_bytes = align_up(shape.m * shape.k);
     const int64_t scale_bytes = align_up(shape.m * static_cast<int64_t>(sizeof(float)));
     const int64_t extra_bytes = Policy::matmul_workspace_bytes(p);
-    Tensor scratch = empty_on_device_of(x, {q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
+    Tensor scratch =
+        empty_on_device_of(x, Sizes{q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
     auto* base = static_cast<char*>(scratch.mutable_data_ptr());
 
     QuantizeParams quantize;
@@ -226,7 +243,7 @@ struct OpImpl {
     const int64_t bytes = Policy::matmul_workspace_bytes(p);
     std::optional<Tensor> scratch;
     if (bytes > 0) {
-      scratch = empty_on_device_of(out, {bytes}, ScalarType::Byte);
+      scratch = empty_on_device_of(out, Sizes{bytes}, ScalarType::Byte);
       p.workspace = scratch->mutable_data_ptr();
     }
     Policy::matmul(p);

@@ -139,7 +139,8 @@ class INT8Linear(nn.Module):
             self._settle(x.device)
         buffers = self._buffers
         w, scale, bias = buffers["weight"], buffers["weight_scale"], buffers["bias"]
-        if backends.wants_grad(x, bias):
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            # The backend's front end looks at the grad mode, and at autocast.
             return backends.int8_linear(x, w, scale, bias, None, self.backend)  # type: ignore[arg-type]
         out_dtype = backends.autocast_dtype(self._device_type)
         y: Tensor = self._linear(x, w, scale, bias, out_dtype)

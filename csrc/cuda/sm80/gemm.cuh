@@ -1,4 +1,4 @@
-// The mma.sync GEMM kernel. A block computes output tiles (each of one split of K) one after another:
+// The mma.sync GEMM kernel. A block computes output tiles, each of one split of K, one by one:
 //
 //   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> sums --epilogue--> global
 //
