@@ -40,9 +40,10 @@ def same_bits(got: Tensor, expected: Tensor) -> bool:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     if got.is_floating_point():
-        if not torch.equal(got.isnan(), expected.isnan()):
+        nan = got.isnan()
+        if not torch.equal(nan, expected.isnan()):
             return False
-        got, expected = got.nan_to_num(0.0), expected.nan_to_num(0.0)
+        got, expected = got.masked_fill(nan, 0), expected.masked_fill(nan, 0)
     bits = BITS[got.element_size()]
     return torch.equal(got.view(bits), expected.view(bits))
 

@@ -633,10 +633,33 @@ def test_every_kernel_in_a_process_of_its_own() -> None:
     assert re.search(r"^\d+ cases, all equal to the reference$", run.stdout, re.M), run.stdout
 
 
-def test_ptx_gives_the_same_bits() -> None:
-    """What a device newer than the compiled machine code would run. No kernel of torch is used."""
+@pytest.fixture
+def ptx_only() -> dict[str, str]:
+    """The environment of a process that runs what a device newer than the machine code would run.
+
+    Torch's own kernels have no such PTX: nothing but copies may stand beside ours.
+    """
     archs = _extension.build_info.require().info()["cuda_archs"]
     if "+PTX" not in archs:
         pytest.skip(f"built for {archs}: no PTX")
-    run = run_python([str(ROOT / "scripts" / "sanitizer_cases.py")], CUDA_FORCE_PTX_JIT="1")
+    return {"CUDA_FORCE_PTX_JIT": "1"}
+
+
+def test_ptx_gives_the_same_bits(ptx_only: dict[str, str]) -> None:
+    run = run_python([str(ROOT / "scripts" / "sanitizer_cases.py")], **ptx_only)
     assert re.search(r"^\d+ cases, all equal to the reference$", run.stdout, re.M), run.stdout
+
+
+def test_ptx_calls_in_a_row(ptx_only: dict[str, str]) -> None:
+    """A kernel compiled for 8.0 cannot wait for the one before it: the launch has to."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+from test_cuda_kernels import CHAINS, Chain
+for shape in CHAINS:
+    chain = Chain(*shape, torch.device("cuda", 0))
+    chain.check(*[chain.run() for _ in range(100)])
+print("equal")
+"""
+    assert "equal" in run_python(["-c", code], **ptx_only).stdout
