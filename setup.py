@@ -9,6 +9,7 @@ Switches (environment):
   INT8_OPS_CUDA=auto|1|0   auto: build CUDA where it can be built; 1: fail where it cannot; 0: never
   TORCH_CUDA_ARCH_LIST     as for any torch extension; 9.0 becomes 9.0a. Default "8.0+PTX;9.0a"
   MAX_JOBS                 parallel compilers; default from the cores and the free memory
+  INT8_OPS_LINEINFO=1      source lines in the CUDA code, for profilers; they hold the build's path
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,7 +49,9 @@ def version() -> str:
 def import_torch():
     try:
         import torch
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         stop(
             "building needs the torch that it will run with, and none is importable here.",
             "Install torch >= 2.10 first; build isolation hides an installed one, so then run:",
@@ -67,9 +71,7 @@ def find_toolkit() -> Path | None:
     """The CUDA toolkit's folder: where bin/nvcc and include/cuda_runtime.h both are."""
 
     def holds_toolkit(path: Path) -> bool:
-        return (path / "bin" / "nvcc").exists() and (
-            path / "include" / "cuda_runtime.h"
-        ).exists()
+        return (path / "bin" / "nvcc").exists() and (path / "include" / "cuda_runtime.h").exists()
 
     named = [Path(os.environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
     for path in named:
@@ -143,11 +145,16 @@ torch = import_torch()
 build_cuda, cuda_skipped = decide_cuda(torch)
 if build_cuda:
     os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
-os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
 
 # cpp_extension reads CUDA_HOME when it is imported, so only now.
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
+# Messages and binaries name files as the tree and torch do, not as this machine does.
+PREFIX_MAPS = [
+    f"-ffile-prefix-map={ROOT}=.",
+    f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}=torch",
+]
 # cpp_extension itself defines Py_LIMITED_API (3.10) for every py_limited_api module.
 CXX_FLAGS = [
     "-O3",
@@ -156,16 +163,16 @@ CXX_FLAGS = [
     "-Wall",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the epilogue rounds after each operation: see csrc/common/numerics.h
-    f"-ffile-prefix-map={ROOT}=.",
+    *PREFIX_MAPS,
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
-    "-lineinfo",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fvisibility=hidden",
-    f"-Xcompiler=-ffile-prefix-map={ROOT}=.",
+    *(f"-Xcompiler={flag}" for flag in PREFIX_MAPS),
+    *(["-lineinfo"] if os.environ.get("INT8_OPS_LINEINFO") == "1" else []),
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 
@@ -201,15 +208,35 @@ class BuildWithIsaUnits(BuildExtension):
     """Compiles the instruction-set units of the CPU kernels with their own flags, then the rest."""
 
     def build_extensions(self) -> None:
+        if not build_cuda:
+            self.remove_stale_cuda()
         core = next(ext for ext in self.extensions if ext.name == "int8_ops._C")
-        for source, flags in CPU_ISA_FLAGS.items() if IS_X86_64 else ():
-            core.extra_objects += self.compiler.compile(
+        units = CPU_ISA_FLAGS.items() if IS_X86_64 else ()
+        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+            core.extra_objects += pool.map(lambda unit: self.compile_unit(*unit), units)
+        super().build_extensions()
+
+    def compile_unit(self, source: str, flags: list[str]) -> str:
+        """The object file of `source`, compiled unless it is newer than all it is made of."""
+        target = Path(self.build_temp, Path(source).with_suffix(".o"))
+        inputs = [source, "setup.py", *sources("cpu/*.h", "common/*.h")]
+        if not target.exists() or target.stat().st_mtime <= newest(inputs):
+            self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 extra_postargs=[*CXX_FLAGS, "-fPIC", *flags],
-                depends=sources("cpu/*.h", "common/*.h"),
             )
-        super().build_extensions()
+        return str(target)
+
+    def remove_stale_cuda(self) -> None:
+        """What an earlier build with CUDA left would be imported, or packed into a wheel."""
+        for package in (ROOT / "int8_ops", Path(self.build_lib, "int8_ops")):
+            for module in package.glob("_C_cuda*.so"):
+                module.unlink()
+
+
+def newest(paths: list[str]) -> float:
+    return max((ROOT / path).stat().st_mtime for path in paths)
 
 
 cpu_sources = [path for path in sources("cpu/*.cpp") if path not in CPU_ISA_FLAGS]
@@ -218,7 +245,7 @@ ext_modules = [
         "int8_ops._C",
         ["csrc/library.cpp", *cpu_sources],
         extra_compile_args={"cxx": CXX_FLAGS},
-        depends=sources("**/*.h"),
+        depends=["setup.py", *CPU_ISA_FLAGS, *sources("**/*.h")],
         py_limited_api=True,
     ),
     Extension(
@@ -231,6 +258,7 @@ ext_modules = [
         ],
         define_macros=build_info_macros(),
         extra_compile_args=CXX_FLAGS,
+        depends=["setup.py", "int8_ops/_version.py", *sources("**/*.h")],
         language="c++",
         py_limited_api=True,
     ),
@@ -242,7 +270,7 @@ if build_cuda:
             sources("cuda/*.cpp", "cuda/heuristics/*.cpp", "cuda/**/*.cu"),
             define_macros=build_info_macros(),
             extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS]},
-            depends=sources("**/*.h", "**/*.cuh"),
+            depends=["setup.py", *sources("**/*.h", "**/*.cuh")],
             py_limited_api=True,
         )
     )

@@ -6,7 +6,7 @@
 //     static ExecContext context(const Tensor&);         // device index and current stream
 //     static void quantize(const QuantizeParams&);
 //     static void dequantize(const DequantizeParams&);
-//     static int64_t matmul_workspace_bytes(const MatmulParams&);
+//     static int64_t matmul_workspace_bytes(MatmulParams&);   // may note a plan in the params
 //     static void matmul(const MatmulParams&);
 //   };
 // Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.

@@ -13,6 +13,10 @@ constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
 }
 
+inline bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // Where a kernel runs. On the CPU both fields are unused.
 struct ExecContext {
   int32_t device_index = 0;
@@ -59,6 +63,9 @@ struct MatmulParams {
   int64_t n = 0;
   int64_t k = 0;
   void* workspace = nullptr;  // as many bytes as matmul_workspace_bytes() asked for
+  // A device's own choice for the problem, made by matmul_workspace_bytes() and kept for matmul().
+  int32_t plan_tile = -1;
+  int32_t plan_splits = 0;
   ExecContext ctx;
 };
 

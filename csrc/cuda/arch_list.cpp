@@ -21,9 +21,12 @@ std::string why_not_runnable(const std::string& archs, int major, int minor) {
     if (binary || forward) return "";
   }
   std::ostringstream out;
-  out << "built for " << archs << "; this device is " << major << '.' << minor
-      << ": rebuild with TORCH_CUDA_ARCH_LIST=" << major << '.' << minor;
-  if (major < 8) out << " (the kernels need 8.0 or newer: no build will run here)";
+  out << "built for " << archs << "; this device is " << major << '.' << minor;
+  if (major < 8) {
+    out << ", and the kernels need 8.0 or newer";
+  } else {
+    out << ": rebuild with TORCH_CUDA_ARCH_LIST=" << major << '.' << minor;
+  }
   return out.str();
 }
 

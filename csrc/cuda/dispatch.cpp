@@ -5,21 +5,18 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
-#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
 #include "arch_list.h"
 #include "heuristics/gemm_heuristics.h"
-#include "quantize/quantize.h"
 #include "sm80/gemm.h"
 
 namespace int8_ops::cuda {
 namespace {
 
-constexpr size_t kMaxDevices = 64;
+constexpr size_t kMaxDevices = 64;  // as in launch.cuh
 
 struct Device {
   DeviceFacts facts;
@@ -63,7 +60,8 @@ bool forced_plan(GemmPlan& plan) {
   if (text == nullptr || *text == '\0') return false;
   int tile = -1;
   int splits = 0;
-  if (std::sscanf(text, "%d:%d", &tile, &splits) != 2 || tile < 0 ||
+  int read = 0;
+  if (std::sscanf(text, "%d:%d%n", &tile, &splits, &read) != 2 || text[read] != '\0' || tile < 0 ||
       tile >= static_cast<int>(kNumGemmTiles) || splits < 1) {
     throw std::runtime_error(
         "int8_ops: INT8_OPS_GEMM_CONFIG must be \"tile:splits\" with a tile of 0.." +
@@ -107,15 +105,6 @@ GemmPlan plan_for(const MatmulParams& p) {
   return entry.plan;
 }
 
-void check_limits(const MatmulParams& p) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  if (p.m > kMax || p.n > kMax) {
-    throw std::runtime_error("int8_ops: a matmul of " + std::to_string(p.m) + " rows and " +
-                             std::to_string(p.n) +
-                             " columns is beyond the 2^31 - 1 that a CUDA kernel here can index");
-  }
-}
-
 }  // namespace
 
 void require_supported_device(const ExecContext& ctx) {
@@ -123,18 +112,16 @@ void require_supported_device(const ExecContext& ctx) {
   if (!device.unsupported.empty()) throw std::runtime_error("int8_ops: " + device.unsupported);
 }
 
-int64_t matmul_workspace_bytes(const MatmulParams& p) {
-  return gemm_workspace_bytes(problem_of(p), plan_for(p));
-}
-
-void quantize(const QuantizeParams& p) {
-  p.scale_per_col ? quantize_cols(p) : quantize_rows(p, device_of(p.ctx).facts.sm_count);
+int64_t matmul_workspace_bytes(MatmulParams& p) {
+  require_supported_device(p.ctx);
+  const GemmPlan plan = plan_for(p);
+  p.plan_tile = plan.tile;
+  p.plan_splits = plan.splits;
+  return gemm_workspace_bytes(problem_of(p), plan);
 }
 
 void matmul(const MatmulParams& p) {
-  require_supported_device(p.ctx);
-  check_limits(p);
-  const GemmPlan plan = plan_for(p);
+  const GemmPlan plan = {p.plan_tile, p.plan_splits, 0.0};
   static const bool print = [] {
     const char* wish = std::getenv("INT8_OPS_PRINT_CONFIG");
     return wish != nullptr && std::string(wish) == "1";

@@ -5,14 +5,11 @@
 
 namespace int8_ops::cuda {
 
-// Bytes of device memory that matmul() wants in p.workspace.
-int64_t matmul_workspace_bytes(const MatmulParams& p);
+// Chooses p's plan and returns the bytes of device memory that matmul() then wants in p.workspace.
+int64_t matmul_workspace_bytes(MatmulParams& p);
 
-// int8 matmul with the epilogue that p asks for, on the context's device and stream.
+// Runs p's plan: int8 matmul with the epilogue that p asks for, on the context's device and stream.
 void matmul(const MatmulParams& p);
-
-// Symmetric quantization, a scale a row or a column.
-void quantize(const QuantizeParams& p);
 
 // Throws unless the context's device can run what was compiled.
 void require_supported_device(const ExecContext& ctx);

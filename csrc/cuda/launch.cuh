@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -28,39 +29,48 @@ inline void check_cuda(cudaError_t status, const char* what) {
 inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 inline constexpr int kMaxDevices = 64;
 
-// Note [Dependent launch]
-// On sm_90 and up a kernel is launched so that its blocks may become resident while the kernel before
-// it drains: the launch latency is then hidden. Every kernel here begins with
-// ptx::grid_dependency_wait(), before it touches memory, and every thread of it executes that, so
-// that a finished kernel implies that all kernels before it are finished. Blocks let the successor in
-// with ptx::grid_dependency_trigger() when they have little left to do, or by ending. Not earlier:
-// blocks that arrive while the multiprocessors are unevenly busy pile up on the idle ones and stay
-// there (measured: a grid of 128 blocks then takes twice its time).
-inline bool supports_dependent_launch(int device) {
-  static std::array<std::atomic<int>, kMaxDevices> major{};  // 0: not asked yet
-  auto& cached = major.at(static_cast<size_t>(device));
-  int value = cached.load(std::memory_order_relaxed);
-  if (value == 0) {
-    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device),
-               "reading the compute capability");
-    cached.store(value, std::memory_order_relaxed);
+inline int32_t checked_int32(int64_t value, const char* what) {
+  if (value > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("int8_ops: " + std::to_string(value) + " " + what +
+                             " are beyond the 2^31 - 1 that a CUDA kernel here can index");
   }
-  return value >= 9;
+  return static_cast<int32_t>(value);
 }
+
+// Note [Dependent launch]
+// On sm_90 and up a kernel is launched so that its blocks may become resident while the kernel
+// before it drains: the launch latency is then hidden. Every kernel here begins with
+// ptx::grid_dependency_wait(), before it touches memory, and every thread of it executes that, so
+// that a finished kernel implies that all kernels before it are finished. Blocks let the successor
+// in with ptx::grid_dependency_trigger() when they have little left to do, or by ending. Not
+// earlier: blocks that arrive while the multiprocessors are unevenly busy pile up on the idle ones
+// and stay there (measured: a grid of 128 blocks then takes twice its time).
+//
+// Code compiled for less than sm_90 does not wait, on whatever device its PTX ends up: what counts
+// is what the kernel was compiled from.
+struct KernelFacts {
+  std::atomic<bool> known{false};
+  std::atomic<bool> waits_for_predecessor{false};
+  std::atomic<size_t> shared_limit{kDefaultSharedBytes};
+};
 
 // Launches kKernel on the context's stream. The context's device is current: ops.cpp guards it.
 template <auto kKernel, typename... Args>
 void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, Args... args) {
-  if (shape.shared_bytes > kDefaultSharedBytes) {
-    // Raised once a kernel and device; two threads that race here set the same limit twice.
-    static std::array<std::atomic<size_t>, kMaxDevices> raised_to{};
-    auto& limit = raised_to.at(static_cast<size_t>(ctx.device_index));
-    if (limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
-      check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 name);
-      limit.store(shape.shared_bytes, std::memory_order_relaxed);
-    }
+  // Asked for once a kernel and device; two threads that race here learn and set the same.
+  static std::array<KernelFacts, kMaxDevices> all_facts;
+  KernelFacts& facts = all_facts.at(static_cast<size_t>(ctx.device_index));
+  if (!facts.known.load(std::memory_order_acquire)) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kKernel), name);
+    facts.waits_for_predecessor.store(attributes.ptxVersion >= 90, std::memory_order_relaxed);
+    facts.known.store(true, std::memory_order_release);
+  }
+  if (facts.shared_limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
+    check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               name);
+    facts.shared_limit.store(shape.shared_bytes, std::memory_order_relaxed);
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -71,7 +81,7 @@ void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, 
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(ctx.stream);
   config.attrs = &attribute;
-  config.numAttrs = supports_dependent_launch(ctx.device_index) ? 1 : 0;
+  config.numAttrs = facts.waits_for_predecessor.load(std::memory_order_relaxed) ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), name);
 }
 

@@ -32,11 +32,11 @@ struct CudaPolicy {
     return ctx;
   }
 
-  static void quantize(const QuantizeParams& p) { cuda::quantize(p); }
-  static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
-  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
-    return cuda::matmul_workspace_bytes(p);
+  static void quantize(const QuantizeParams& p) {
+    p.scale_per_col ? quantize_cols(p) : quantize_rows(p);
   }
+  static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
+  static int64_t matmul_workspace_bytes(MatmulParams& p) { return cuda::matmul_workspace_bytes(p); }
   static void matmul(const MatmulParams& p) { cuda::matmul(p); }
 };
 

@@ -26,7 +26,7 @@ struct DeviceFacts {
 
 struct GemmPlan {
   int32_t tile;    // index into kGemmTiles
-  int32_t splits;  // along K, each a block of its own; 1: none
+  int32_t splits;  // along K, each with sums of its own; 1: none
   double cost;     // predicted multiprocessor cycles, for comparison only
 
   const GemmTile& geometry() const { return kGemmTiles[tile]; }
@@ -44,7 +44,7 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
 // The cheapest plan.
 GemmPlan select_gemm_plan(const GemmProblem& problem, const DeviceFacts& device);
 
-// "128x256x128 w2x4x1 s3 split 1", as INT8_OPS_PRINT_CONFIG=1 prints it.
+// "128x256x128 warps 2x4x1 stages 3 split 1", as INT8_OPS_PRINT_CONFIG=1 prints it.
 std::string describe(const GemmPlan& plan);
 
 }  // namespace int8_ops::cuda

@@ -23,7 +23,13 @@ __device__ __forceinline__ void load_chunk(const T* row, int32_t col, int32_t co
   if (aligned) {
     Chunk<T> chunk;
     chunk.load(row + col);
-    chunk.to_float(x);
+    float half[4];
+    chunk.template to_float<0>(half);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = half[e];
+    chunk.template to_float<1>(half);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[4 + e] = half[e];
     return;
   }
 #pragma unroll
@@ -93,13 +99,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 void launch_for_dtype(const QuantizeParams& p) {
-  const bool aligned = p.cols % kChunk == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(p.q) % 8 == 0;
+  const bool aligned = p.cols % kChunk == 0 && is_aligned(p.x, 16) && is_aligned(p.q, 8);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.cols + kColsPerBlock - 1) / kColsPerBlock));
   shape.block = dim3(kThreads);
   launch<quantize_cols_kernel<T>>("quantize_cols", shape, p.ctx, static_cast<const T*>(p.x), p.q,
-                                  p.scale, p.rows, static_cast<int32_t>(p.cols), aligned);
+                                  p.scale, p.rows, checked_int32(p.cols, "columns"), aligned);
 }
 
 }  // namespace

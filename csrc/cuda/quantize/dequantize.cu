@@ -38,7 +38,7 @@ template <int kPerThread>
 void launch_dequantize(const DequantizeParams& p) {
   const int64_t per_block = static_cast<int64_t>(kThreads) * kPerThread;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((p.rows * p.cols + per_block - 1) / per_block));
+  shape.grid = dim3(checked_int32((p.rows * p.cols + per_block - 1) / per_block, "blocks"));
   shape.block = dim3(kThreads);
   launch<dequantize_kernel<kPerThread>>("dequantize", shape, p.ctx, p);
 }
@@ -46,8 +46,7 @@ void launch_dequantize(const DequantizeParams& p) {
 }  // namespace
 
 void dequantize(const DequantizeParams& p) {
-  const bool vector = p.cols % kVector == 0 && reinterpret_cast<uintptr_t>(p.q) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  const bool vector = p.cols % kVector == 0 && is_aligned(p.q, 8) && is_aligned(p.out, 16);
   vector ? launch_dequantize<kVector>(p) : launch_dequantize<1>(p);
 }
 

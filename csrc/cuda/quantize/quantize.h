@@ -5,8 +5,9 @@
 
 namespace int8_ops::cuda {
 
-// A scale a row: x is read once where a row fits a block's registers (16,384 columns).
-void quantize_rows(const QuantizeParams& p, int32_t sm_count);
+// A scale a row: x is read once where a row fits a block's registers (16,384 columns) and
+// starts 16-byte aligned, twice elsewhere.
+void quantize_rows(const QuantizeParams& p);
 
 // A scale a column, without a transposed copy.
 void quantize_cols(const QuantizeParams& p);

