@@ -381,12 +381,10 @@ def test_quantize_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> Non
 @every_dtype
 @pytest.mark.parametrize("cols", [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
 def test_blocks_take_several_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> None:
-    """Rows enough that the resident blocks come round three times."""
-    properties = torch.cuda.get_device_properties(cuda)
-    # 256 threads a block, four chunks of eight a thread, at most four blocks a multiprocessor.
-    rows_per_block = max(1, 256 * 4 * 8 // max(cols, 128))
-    blocks = properties.multi_processor_count * (4 if cols < 16384 else 2)
-    rows = min(rows_per_block * blocks * 5 // 2 + 37, (1 << 24) // cols + 1001)
+    """Rows enough that the resident blocks take at least two each, some one more."""
+    # 2,048 threads of a multiprocessor hold fewer than 64 K values, whatever the kernel.
+    multiprocessors = torch.cuda.get_device_properties(cuda).multi_processor_count
+    rows = multiprocessors * 2 * 65_536 // cols + 37
     x = torch.randn((rows, cols)).to(dtype)
     special = special_rows(cols, dtype)
     for first in range(0, rows - len(special), max(rows // 13, len(special))):
