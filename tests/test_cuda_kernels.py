@@ -248,7 +248,9 @@ def run_python(arguments: list[str], **env: str) -> subprocess.CompletedProcess[
     return run
 
 
-@pytest.mark.parametrize("text", [f"{len(TILES)}:1", "-1:1", "0:0", "0:-2", "3", "x", ":", "1:x"])
+@pytest.mark.parametrize(
+    "text", [f"{len(TILES)}:1", "-1:1", "0:0", "0:-2", "3", "x", ":", "1:x", "1:1x"]
+)
 def test_bad_forced_plan(text: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE, text)
     a = torch.ones((16, 64), dtype=torch.int8, device=cuda)
