@@ -248,7 +248,9 @@ def run_python(arguments: list[str], **env: str) -> subprocess.CompletedProcess[
     return run
 
 
-@pytest.mark.parametrize("text", [f"{len(TILES)}:1", "-1:1", "0:0", "0:-2", "3", "x", ":", "1:x"])
+@pytest.mark.parametrize(
+    "text", [f"{len(TILES)}:1", "-1:1", "0:0", "0:-2", "3", "x", ":", "1:x", "1:1x"]
+)
 def test_bad_forced_plan(text: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE, text)
     a = torch.ones((16, 64), dtype=torch.int8, device=cuda)
@@ -381,12 +383,10 @@ def test_quantize_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> Non
 @every_dtype
 @pytest.mark.parametrize("cols", [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
 def test_blocks_take_several_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> None:
-    """Rows enough that the resident blocks come round three times."""
-    properties = torch.cuda.get_device_properties(cuda)
-    # 256 threads a block, four chunks of eight a thread, at most four blocks a multiprocessor.
-    rows_per_block = max(1, 256 * 4 * 8 // max(cols, 128))
-    blocks = properties.multi_processor_count * (4 if cols < 16384 else 2)
-    rows = min(rows_per_block * blocks * 5 // 2 + 37, (1 << 24) // cols + 1001)
+    """Rows enough that the resident blocks take at least two each, some one more."""
+    # 2,048 threads of a multiprocessor hold fewer than 64 K values, whatever the kernel.
+    multiprocessors = torch.cuda.get_device_properties(cuda).multi_processor_count
+    rows = multiprocessors * 2 * 65_536 // cols + 37
     x = torch.randn((rows, cols)).to(dtype)
     special = special_rows(cols, dtype)
     for first in range(0, rows - len(special), max(rows // 13, len(special))):
@@ -633,10 +633,33 @@ def test_every_kernel_in_a_process_of_its_own() -> None:
     assert re.search(r"^\d+ cases, all equal to the reference$", run.stdout, re.M), run.stdout
 
 
-def test_ptx_gives_the_same_bits() -> None:
-    """What a device newer than the compiled machine code would run. No kernel of torch is used."""
+@pytest.fixture
+def ptx_only() -> dict[str, str]:
+    """The environment of a process that runs what a device newer than the machine code would run.
+
+    Torch's own kernels have no such PTX: nothing but copies may stand beside ours.
+    """
     archs = _extension.build_info.require().info()["cuda_archs"]
     if "+PTX" not in archs:
         pytest.skip(f"built for {archs}: no PTX")
-    run = run_python([str(ROOT / "scripts" / "sanitizer_cases.py")], CUDA_FORCE_PTX_JIT="1")
+    return {"CUDA_FORCE_PTX_JIT": "1"}
+
+
+def test_ptx_gives_the_same_bits(ptx_only: dict[str, str]) -> None:
+    run = run_python([str(ROOT / "scripts" / "sanitizer_cases.py")], **ptx_only)
     assert re.search(r"^\d+ cases, all equal to the reference$", run.stdout, re.M), run.stdout
+
+
+def test_ptx_calls_in_a_row(ptx_only: dict[str, str]) -> None:
+    """A kernel compiled for 8.0 cannot wait for the one before it: the launch has to."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+from test_cuda_kernels import CHAINS, Chain
+for shape in CHAINS:
+    chain = Chain(*shape, torch.device("cuda", 0))
+    chain.check(*[chain.run() for _ in range(100)])
+print("equal")
+"""
+    assert "equal" in run_python(["-c", code], **ptx_only).stdout

@@ -223,13 +223,12 @@ def test_which_devices_run_what_was_compiled(
     archs: str, capability: tuple[int, int], runs: bool
 ) -> None:
     major, minor = capability
-    advice = (
-        ", and the kernels need 8.0 or newer"
-        if major < 8
-        else f": rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-    )
-    reason = f"built for {archs}; this device is {major}.{minor}{advice}"
-    assert BUILD.why_not_runnable(archs, major, minor) == ("" if runs else reason)
+    why = f"built for {archs}; this device is {major}.{minor}"
+    if major < 8:
+        why += ", and the kernels need 8.0 or newer"
+    else:
+        why += f": rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    assert BUILD.why_not_runnable(archs, major, minor) == ("" if runs else why)
 
 
 def test_the_default_list_covers_8_0_and_up() -> None:
