@@ -226,6 +226,15 @@ def test_check_refuses_what_it_cannot_do(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["check", "demo"])
+def test_an_unusable_isa_is_refused_before_any_work(command):
+    result = module_run(command, "--device", "cpu", INT8_OPS_CPU_ISA="mmx")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"int8_ops {command}: int8_ops: INT8_OPS_CPU_ISA=mmx is not")
+    assert len(result.stderr.splitlines()) == 1
+
+
 # -- calibration ----------------------------------------------------------------------------------
 
 
