@@ -134,10 +134,12 @@ class Variant:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its matmuls run on instructions of their own, else float32."""
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """bfloat16 where its matmuls are known to be fast, else float32."""
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.float32
+    # torch documents no way to ask: a build without oneDNN, or another version, may lack this one.
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.bfloat16 if supported is not None and supported() else torch.float32
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
