@@ -3,6 +3,8 @@
 #   make demo       a real Llama with its v_proj in INT8, what it costs and what it saves
 #   make test       the tests; those that need a GPU are skipped where there is none
 #   make gpu-test   the tests that need a GPU, and fails where there is none
+#   make sanitize   compute-sanitizer's memcheck, racecheck, initcheck and synccheck over every CUDA
+#                   kernel; fails where there is no GPU or no compute-sanitizer
 #   make lint       ruff, mypy, clang-format and the house rules
 #   make format     lets ruff and clang-format rewrite what `make lint` would object to
 #   make build      the extension, in place
@@ -10,7 +12,8 @@
 #
 # The interpreter is PYTHON if given (make test PYTHON=python3), else that of the active virtual
 # environment, else that of .venv, which is made. Only what it lacks is installed.
-# DEMO_ARGS and PYTEST_ARGS are passed on.
+# DEMO_ARGS and PYTEST_ARGS are passed on. COMPUTE_SANITIZER names the sanitizer, if it is neither on
+# PATH nor in the toolkit of CUDA_HOME (/usr/local/cuda).
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -25,8 +28,15 @@ endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test gpu-test lint format build clean
+COMPUTE_SANITIZER ?= compute-sanitizer
+
+.PHONY: demo test gpu-test sanitize lint format build clean
 .DEFAULT_GOAL := build
+
+define need-device
+$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	f"make $@ needs a CUDA device, and torch {torch.__version__} sees none")'
+endef
 
 demo: set-up-demo
 	$(PY) -m int8_ops demo $(DEMO_ARGS)
@@ -36,9 +46,21 @@ test: set-up-test
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 gpu-test: set-up-gpu-test
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-		f"make gpu-test needs a CUDA device, and torch {torch.__version__} sees none")'
+	@$(need-device)
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+# Each tool's own exit status tells nothing of what it found, unless asked to.
+sanitize: set-up-build
+	@$(need-device)
+	@PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
+	command -v "$(COMPUTE_SANITIZER)" >/dev/null || { \
+		echo "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit, and found no" \
+			"$(COMPUTE_SANITIZER): name it with make sanitize COMPUTE_SANITIZER=..." >&2; exit 1; }; \
+	for tool in memcheck racecheck initcheck synccheck; do \
+		echo "sanitize: $$tool"; \
+		"$(COMPUTE_SANITIZER)" --tool $$tool --error-exitcode 1 $(PY) scripts/sanitizer_cases.py || { \
+			echo "make sanitize: $$tool failed" >&2; exit 1; }; \
+	done
 
 lint: set-up-lint
 	$(PY) -m ruff check .

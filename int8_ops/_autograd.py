@@ -1,8 +1,9 @@
-"""The gradient of ``int8_linear``: straight-through for x, exact for the bias, none for weights.
+"""The gradient of ``int8_linear``: straight-through for x, a sum for the bias, none for weights.
 
 The forward rounds x to int8; its backward treats that rounding as the identity, so
 ``grad_x = grad_y @ dequantize(w)`` in the gradient's dtype (Bengio et al. 2013, arXiv:1308.3432).
-The int8 weight and its scale are constants and get no gradient; the bias gets ``sum(grad_y)``.
+The int8 weight and its scale are constants and get no gradient. The bias gets ``sum(grad_y)``,
+added up in float32, in torch's order, and rounded to the bias's dtype.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Argument checks of the Python side: the fakes and the backends written in PyTorch.
 
-They say what csrc/common/checks.h says in C++: the op, what was expected, what was got.
+They refuse what csrc/common/checks.h refuses in C++, and tell what it tells: the op, what was
+expected, what was got. The words may differ: a dtype has its Python name here (torch.int8), its C++
+name there (Char).
 """
 
 from __future__ import annotations

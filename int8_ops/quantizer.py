@@ -95,8 +95,8 @@ class Quantizer(nn.Module):
     """A fake quantizer: rounds to ``n_bits`` levels and returns floats. It is here for comparison.
 
     It saves nothing and speeds up nothing; ``INT8Quantizer`` is the real one, and
-    ``Quantizer(8)`` gives exactly ``dequantize(*quantize_per_token(x))`` in x's dtype. The gradient
-    is straight-through.
+    ``Quantizer(8)`` gives ``dequantize(*quantize_per_token(x))`` in x's dtype, bit for bit but for
+    the sign of a zero. The gradient is straight-through.
 
     Args:
         n_bits: 2 to 16.

@@ -1,7 +1,8 @@
 """The numerical contract as plain PyTorch: what every backend must return, bit for bit.
 
-Every function works on any device, in float32 (quantize, epilogue) and int64 (sums). They are
-written to be read, not to be fast; the ``fallback`` backend computes the same bits faster.
+Every function works on any device that has float64 (mps has not), in float32 (quantize, epilogue)
+and float64 (sums, exact there). They are written to be read, not to be fast; the ``fallback``
+backend computes the same bits faster.
 
 Quantize (symmetric, one scale a row or a column of the input):
     1. ``amax = max |x|``, in float32, to which fp16, bf16 and fp32 convert exactly

@@ -1,7 +1,7 @@
 """Every CUDA kernel of this library once, small: what compute-sanitizer is pointed at.
 
 compute-sanitizer --tool memcheck python3 scripts/sanitizer_cases.py
-    (racecheck, initcheck and synccheck likewise)
+    (racecheck, initcheck and synccheck likewise; `make sanitize` runs all four)
 
 Inputs are made on the CPU and copied, results copied back and compared there with the reference:
 no kernel of torch runs on the device, so a finding is ours. Exit status 1 if a result differs.

@@ -35,7 +35,15 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "gpu-test": (("test",), (), True),
     "lint": (("dev",), (), False),
 }
-SWITCHES = ("INT8_OPS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CC", "CXX")
+SWITCHES = (
+    "INT8_OPS_CUDA",
+    "INT8_OPS_LINEINFO",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CC",
+    "CXX",
+)
 
 
 def is_installed(requirement: Requirement) -> bool:

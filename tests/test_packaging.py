@@ -246,6 +246,41 @@ def test_binaries_hold_no_path_of_the_builder(path):
         assert f"{folder}/".encode() not in binary
 
 
+# -- setting up -----------------------------------------------------------------------------------
+
+
+def set_up_facts(**environment: str) -> tuple[str, list[str]]:
+    """(what scripts/set_up.py takes the build's inputs for, the switches it knows)."""
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import set_up\n"
+        "print(json.dumps([set_up.build_inputs(), set_up.SWITCHES]))"
+    )
+    result = run_python("-c", code, **environment)
+    assert result.returncode == 0, result.stderr
+    digest, switches = json.loads(result.stdout)
+    return digest, switches
+
+
+def test_a_switch_of_the_build_makes_it_build_again():
+    without, switches = set_up_facts(INT8_OPS_LINEINFO="0")
+    known = re.findall(r"^  ([A-Z][A-Z0-9_]+)\b", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert {"INT8_OPS_CUDA", "INT8_OPS_LINEINFO"} <= set(known)
+    # MAX_JOBS decides how fast it is built, not what is built.
+    assert set(known) - {"MAX_JOBS"} <= set(switches)
+    assert set_up_facts(INT8_OPS_LINEINFO="0")[0] == without
+    assert set_up_facts(INT8_OPS_LINEINFO="1")[0] != without
+
+
+def test_the_readme_names_the_extras():
+    project = (ROOT / "pyproject.toml").read_text()
+    table = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = re.findall(r"^(\w+) = ", table, re.MULTILINE)
+    readme = (ROOT / "README.md").read_text()
+    told = re.search(r"\*\*Extras\*\*, as in `[^`]*`:(.*?)\. ", readme, re.DOTALL)
+    assert told is not None
+    assert sorted(re.findall(r"`(\w+)`", told[1])) == sorted(extras)
+
+
 # -- importing ------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 // How one matmul is cut into tasks: a pure function of the problem, the tile and the thread count.
 //
 // Note [Two matmul paths]
-//   dot     few rows of a: every row of w is read once, where it lies, and multiplied with the rows
-//           of a. Bound by the memory that holds w, so nothing is copied.
+//   dot     few rows of a: w is read where it lies, once for every kDotRows rows of a (a constant
+//           of the instruction set). Bound by the memory that holds w, so nothing is copied.
 //   packed  more rows: a is packed once into row blocks, each task packs a panel of w that stays in
 //           its cache, and a register tile of row block x 2 vectors of columns runs over a k block.
 //           Between k blocks the sums wait in memory.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import _extension
+
 
 class CommandError(Exception):
     """A request that cannot be carried out, with the reason and the way out for the user."""
@@ -27,6 +29,17 @@ def pick_device(name: str | None) -> torch.device:
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
+
+
+def check_cpu_isa() -> None:
+    """Raises CommandError where INT8_OPS_CPU_ISA names no instruction set of this machine."""
+    module = _extension.build_info.module
+    if module is None:
+        return
+    try:
+        module.cpu_isa()
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
 
 
 def format_table(headers: list[str], rows: list[list[str]], left: frozenset[int]) -> str:

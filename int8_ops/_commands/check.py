@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import INT8Linear, INT8Quantizer, _extension, backend_for, backends, reference
-from . import CommandError, format_table, pick_device
+from . import CommandError, check_cpu_isa, format_table, pick_device
 
 WIDTH = 70
 X_SHAPE = (2, 512, 256)
@@ -59,6 +59,7 @@ class Findings:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``check``: 0 when all is well, 1 when something is off."""
     device = pick_device(args.device)
+    check_cpu_isa()  # whatever the device: the backends of the CPU are compared too
     try:
         backend = backend_for(device, args.backend)
     except (RuntimeError, ValueError) as error:

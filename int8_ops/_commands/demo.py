@@ -1,7 +1,7 @@
 """Swap v_proj of a real Llama for INT8 layers, and show what that costs and saves.
 
-Four or more variants of one model are scored side by side: the original, INT8Linear in every
-v_proj, and ALRDLinearINT8 (low rank, int8 latents) in every v_proj at each rank asked for.
+Variants of one model are scored side by side: the original, INT8Linear in every v_proj, and
+ALRDLinearINT8 (low rank, int8 latents) in every v_proj, one for each rank asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__, hf, quantize_
-from . import CommandError, format_table, pick_device
+from . import CommandError, check_cpu_isa, format_table, pick_device
 from .calibration import factorize, low_rank, weighted_moments
 
 PATTERN = "*.v_proj"
@@ -134,10 +134,12 @@ class Variant:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its matmuls run on instructions of their own, else float32."""
-    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """bfloat16 where its matmuls are known to be fast, else float32."""
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.float32
+    # torch documents no way to ask: a build without oneDNN, or another version, may lack this one.
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.bfloat16 if supported is not None and supported() else torch.float32
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -273,6 +275,8 @@ def run(args: argparse.Namespace) -> int:
     """Carry out ``demo``; 0 when the table is printed."""
     started = time.perf_counter()
     device = pick_device(args.device)
+    if device.type == "cpu":
+        check_cpu_isa()
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     if args.threads:
         torch.set_num_threads(args.threads)

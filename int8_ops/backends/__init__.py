@@ -8,11 +8,13 @@ cpu        this library's CPU kernels               CPU
 triton     this library's Triton kernels            CUDA, with triton
 torch      ``torch._int_mm``, padded                CUDA
 fallback   plain PyTorch                            any device with float64
-auto       the first that can, in the order above   everywhere
+auto       the first that can, in the order above   any device with float64
 ========== ======================================== =========================
 
-``auto`` never takes ``triton`` or ``torch`` while this library's own kernels are there. A backend
-asked for by name is used or refused, with the reason: never replaced.
+``auto`` never takes ``triton`` or ``torch`` while this library's own kernels are there: it takes
+``cuda`` even on a GPU that no compiled architecture covers, where the call raises and tells how to
+rebuild, rather than be slower without a word. A backend asked for by name is used or refused, with
+the reason: never replaced.
 """
 
 from __future__ import annotations

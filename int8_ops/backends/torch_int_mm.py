@@ -1,8 +1,8 @@
 """The ``torch`` backend: ``torch._int_mm`` on CUDA, the rest in plain PyTorch.
 
-``torch._int_mm`` wants M > 16 and K and N in multiples of 8; smaller and odd shapes are padded with
-zeros, which add nothing to a sum, and the result is cut back. Never on a CPU: its x86 path adds an
-offset of 128 and saturates, so its sums are wrong there (pytorch#136746).
+``torch._int_mm`` wants M > 16 and K and N in multiples of 8; other shapes are padded with zeros,
+which add nothing to a sum, and the result is cut back. Never on a CPU: its x86 path adds an offset
+of 128 and saturates, so its sums are wrong there (pytorch#136746).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _padding(size: int) -> int:
 
 
 def int8_mm(a: Tensor, w: Tensor) -> Tensor:
-    """int8 ``a [..., K]``, ``w [N, K]`` -> int32 ``[..., N]``; a copy of w where K or N is odd."""
+    """int8 ``a [..., K]``, ``w [N, K]`` -> int32 ``[..., N]``; copies w to pad K or N."""
     _checks.check_int8_mm(a, w)
     rows = a.reshape(-1, a.shape[-1])
     (m, k), n = rows.shape, w.shape[0]

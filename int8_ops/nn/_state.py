@@ -62,8 +62,16 @@ def dtype_errors(
 
 
 def describe_backend(name: str, device: torch.device) -> str:
-    """``auto (cpu)``, ``triton``, or the reason a named backend cannot be used there."""
+    """``auto (cpu)``, ``triton``, or the reason a named backend cannot be used there.
+
+    The name alone on meta, where nothing is computed, and for an ``auto`` that finds none.
+    """
+    if device.type == "meta":
+        return name
     if name == "auto":
-        return f"auto ({backends.backend_for(device)})"
+        try:
+            return f"auto ({backends.backend_for(device)})"
+        except RuntimeError:  # it is for the call to raise; whoever prints a model wants to see it
+            return name
     reason = backends.unavailable_reason(name, device)
     return name if reason is None else f"{name} (unavailable on {device.type}: {reason})"
