@@ -30,6 +30,9 @@ export PYTHONUNBUFFERED := 1
 
 COMPUTE_SANITIZER ?= compute-sanitizer
 
+# The time of the GPU tests goes into compiling, on the host: spread them where pytest-xdist is there.
+GPU_TEST_JOBS ?= $(shell $(PY) -c 'import os, xdist; print("-n", min(14, os.cpu_count()))' 2>/dev/null)
+
 .PHONY: demo test gpu-test sanitize lint format build clean
 .DEFAULT_GOAL := build
 
@@ -47,7 +50,7 @@ test: set-up-test
 
 gpu-test: set-up-gpu-test
 	@$(need-device)
-	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PY) -m pytest -m gpu $(GPU_TEST_JOBS) $(PYTEST_ARGS)
 
 # Each tool's own exit status tells nothing of what it found, unless asked to.
 sanitize: set-up-build
