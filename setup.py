@@ -7,7 +7,7 @@ Three extension modules:
 
 Switches (environment):
   INT8_OPS_CUDA=auto|1|0   auto: build CUDA where it can be built; 1: fail where it cannot; 0: never
-  TORCH_CUDA_ARCH_LIST     as for any torch extension; 9.0 becomes 9.0a. Default "8.0+PTX;9.0a"
+  TORCH_CUDA_ARCH_LIST     by number, as "8.0+PTX;9.0a"; 9.0 becomes 9.0a. Default "8.0+PTX;9.0a"
   MAX_JOBS                 parallel compilers; default from the cores and the free memory
   INT8_OPS_LINEINFO=1      source lines in the CUDA code, for profilers; they hold the build's path
 """
@@ -124,6 +124,9 @@ def arch_list() -> str:
     """TORCH_CUDA_ARCH_LIST with 9.0 made 9.0a: wgmma and setmaxnreg exist only there."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     parts = [part for part in re.split(r"[;\s]+", wanted) if part]
+    odd = [part for part in parts if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", part)]
+    if odd:
+        stop(f"TORCH_CUDA_ARCH_LIST must hold numbers, as in 8.0+PTX;9.0a, got {odd[0]!r}.")
     return ";".join(re.sub(r"^9\.0(?!a)", "9.0a", part) for part in parts)
 
 

@@ -31,7 +31,9 @@ def grad_x(grad_y: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
 
 def grad_bias(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad_y [..., N]`` summed over all but the last dimension, in float32 -> ``[N]``."""
-    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+    rows = list(range(grad_y.dim() - 1))
+    summed = grad_y.sum(rows, dtype=torch.float32) if rows else grad_y
+    return summed.to(dtype)
 
 
 def save_for_backward(ctx: Any, x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:

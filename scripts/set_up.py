@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,15 +68,24 @@ def install(requirements: list[str], *options: str) -> None:
         sys.exit(f"set up: {sys.executable} could not install {' '.join(missing)}")
 
 
+def found_compilers() -> list[str]:
+    """Each nvcc that a build may find, with its time: a toolkit may come, or change."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    names = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    files = [Path(name).resolve() for name in names if name and Path(name).exists()]
+    return [f"{path}@{path.stat().st_mtime_ns}" for path in files]
+
+
 def build_inputs() -> str:
-    """A digest of all that decides what the build makes: sources, torch, interpreter, switches."""
+    """A digest of what decides the build: sources, torch, interpreter, compiler, switches."""
     digest = hashlib.sha256()
     sources = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
     for path in [ROOT / "setup.py", ROOT / "int8_ops" / "_version.py", *sources]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode())
         digest.update(path.read_bytes())
     facts = [f"{key}={os.environ.get(key)}" for key in SWITCHES]
-    digest.update("\0".join([*facts, importlib.metadata.version("torch")]).encode())
+    facts += [importlib.metadata.version("torch"), sys.version, *found_compilers()]
+    digest.update("\0".join(facts).encode())
     return digest.hexdigest()
 
 
@@ -88,7 +98,10 @@ def build() -> None:
     """Build in place, if anything has changed since this script built last."""
     inputs = build_inputs()
     if BUILT.exists():
-        last = json.loads(BUILT.read_text())
+        try:
+            last = json.loads(BUILT.read_text())
+        except ValueError:  # cut short while it was written
+            last = {"outputs": {}}
         if last == {"inputs": inputs, "outputs": build_outputs()} and last["outputs"]:
             return
     print("set up: building (the first build with CUDA takes minutes)", flush=True)

@@ -504,3 +504,9 @@ def test_demo_on_smollm2(capsys, one_thread):
     assert float(rows["ALRDLinearINT8, rank 144"][0]) == pytest.approx(original, rel=0.08)
     assert int(rows["INT8Linear"][3].replace(",", "")) == 30 * (576 * 192 + 4 * 192)
     assert all("Paris" in row[-1] for row in rows.values())
+
+
+@pytest.mark.parametrize("command", ["check", "demo"])
+def test_an_unknown_backend_is_refused_before_anything_is_done(command, capsys):
+    assert cli.main([command, "--device", "cpu", "--backend", "nonsense"]) == 2
+    assert "--backend nonsense: " in capsys.readouterr().err

@@ -236,3 +236,8 @@ def test_the_default_list_covers_8_0_and_up() -> None:
     archs = re.search(r'^DEFAULT_ARCHS = "(.+)"$', source, re.M).group(1)
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
         assert BUILD.why_not_runnable(archs, *capability) == "", capability
+
+
+def test_a_problem_of_no_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        BUILD.rank_gemm_plans(1, 1, 1, 2, 0, 232448)

@@ -821,3 +821,56 @@ def test_a_call_without_gradient_stays_below_autograd(monkeypatch):
         with torch.no_grad():
             layer(x.clone().requires_grad_())
     assert layer(x.requires_grad_()).grad_fn is not None
+
+
+def test_a_copy_of_a_changed_layer_takes_its_integers_along():
+    """A deepcopy or pickle after an optimizer step holds the integers of the weight as it is."""
+    layer = ALRDLinearINT8.from_linear(nn.Linear(24, 16, bias=False), 8)
+    with torch.no_grad():
+        layer.ALinear.weight.mul_(2)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        state = copied.state_dict()
+        q, scale = INT8Quantizer.quantize_per_channel(layer.ALinear.weight.detach())
+        assert torch.equal(state["A_int8"], q)
+        assert torch.equal(state["A_scale"], scale)
+
+
+def test_a_layer_first_used_in_inference_mode_can_be_trained():
+    layer = ALRDLinearINT8(24, 16, 8)
+    x = torch.randn(3, 24)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.BLinear.weight.grad is not None
+
+
+def test_a_refused_load_changes_nothing():
+    layer = ALRDLinearINT8(24, 16, 4)
+    x = torch.randn(3, 24)
+    before = layer(x)
+    other = ALRDLinearINT8.from_linear(nn.Linear(24, 16), 8)
+    other.prepare_int8_weights(keep_float=False)
+    with pytest.raises(
+        RuntimeError, match=r"mismatch for A_int8: expected \[16, 4\], got \[16, 8\]"
+    ):
+        integers = {k: v for k, v in other.state_dict().items() if k.startswith("A_")}
+        layer.load_state_dict(integers)
+    assert layer.ALinear.weight is not None
+    assert torch.equal(layer(x), before)
+
+
+def test_floats_loaded_into_a_freed_layer_on_meta_are_not_lost():
+    source = ALRDLinearINT8.from_linear(nn.Linear(24, 16), 8)
+    floats = {k: v for k, v in source.state_dict().items() if not k.startswith("A_")}
+    target = ALRDLinearINT8(24, 16, 8, device="meta")
+    target.prepare_int8_weights(keep_float=False)
+    target.load_state_dict(floats, strict=False, assign=True)
+    assert torch.equal(target.A_int8, source.A_int8)
+    assert torch.equal(target.A_scale, source.A_scale)
+
+
+def test_a_bias_of_no_outputs_gets_its_gradient():
+    layer = INT8Linear(torch.empty(0, 8), torch.empty(0))
+    layer.bias.requires_grad_()
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.bias.grad.shape == (0,)

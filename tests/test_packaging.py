@@ -160,6 +160,18 @@ def test_arch_list(wanted, built):
     assert decided("arch_list()", TORCH_CUDA_ARCH_LIST=wanted) == built
 
 
+def test_architectures_by_name_are_refused():
+    """What was compiled is compared with a device by number."""
+    code = (
+        "import runpy, setuptools\n"
+        "setuptools.setup = lambda **arguments: None\n"
+        "runpy.run_path('setup.py')['arch_list']()\n"
+    )
+    result = run_python("-c", code, INT8_OPS_CUDA="0", TORCH_CUDA_ARCH_LIST="8.0;Hopper")
+    assert result.returncode == 1
+    assert "must hold numbers, as in 8.0+PTX;9.0a, got 'Hopper'" in result.stderr
+
+
 def test_nvcc_flags_leave_the_arch_list_alone():
     # cpp_extension ignores TORCH_CUDA_ARCH_LIST when any flag has "arch" in it. A folder may.
     flags = decided("[flag for flag in NVCC_FLAGS if 'prefix-map' not in flag]")

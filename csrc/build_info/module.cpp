@@ -67,6 +67,10 @@ PyObject* rank_gemm_plans(PyObject*, PyObject* args) {
                         &aligned)) {
     return nullptr;
   }
+  if (m < 1 || n < 1 || k < 1 || out_bytes < 1 || sm_count < 1) {
+    PyErr_SetString(PyExc_ValueError, "m, n, k, out_bytes and sm_count must be at least 1");
+    return nullptr;
+  }
   try {
     const auto plans = int8_ops::cuda::rank_gemm_plans({m, n, k, out_bytes, aligned != 0},
                                                        {sm_count, shared_bytes});

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -66,11 +67,16 @@ void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, 
     facts.waits_for_predecessor.store(attributes.ptxVersion >= 90, std::memory_order_relaxed);
     facts.known.store(true, std::memory_order_release);
   }
-  if (facts.shared_limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
-    check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               name);
-    facts.shared_limit.store(shape.shared_bytes, std::memory_order_relaxed);
+  if (facts.shared_limit.load(std::memory_order_acquire) < shape.shared_bytes) {
+    // The limit is set, not raised: of two threads with different sizes the larger must win.
+    static std::mutex setting;
+    const std::lock_guard<std::mutex> lock(setting);
+    if (facts.shared_limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
+      check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 name);
+      facts.shared_limit.store(shape.shared_bytes, std::memory_order_release);
+    }
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from .. import _extension
+from .. import _extension, backend_for
 
 
 class CommandError(Exception):
     """A request that cannot be carried out, with the reason and the way out for the user."""
+
+
+def pick_backend(device: torch.device, name: str) -> str:
+    """What ``--backend`` stands for on the device. Raises CommandError if it can't be used."""
+    try:
+        return backend_for(device, name)
+    except (RuntimeError, ValueError) as error:
+        raise CommandError(f"--backend {name}: {error}") from error
 
 
 def pick_device(name: str | None) -> torch.device:

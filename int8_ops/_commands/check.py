@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import INT8Linear, INT8Quantizer, _extension, backend_for, backends, reference
-from . import CommandError, check_cpu_isa, format_table, pick_device
+from .. import INT8Linear, INT8Quantizer, _extension, backends, reference
+from . import check_cpu_isa, format_table, pick_backend, pick_device
 
 WIDTH = 70
 X_SHAPE = (2, 512, 256)
@@ -60,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out ``check``: 0 when all is well, 1 when something is off."""
     device = pick_device(args.device)
     check_cpu_isa()  # whatever the device: the backends of the CPU are compared too
-    try:
-        backend = backend_for(device, args.backend)
-    except (RuntimeError, ValueError) as error:
-        raise CommandError(f"--backend {args.backend}: {error}") from error
+    backend = pick_backend(device, args.backend)
     generator = torch.Generator().manual_seed(args.seed)
     findings = Findings()
 

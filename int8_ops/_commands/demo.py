@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__, hf, quantize_
-from . import CommandError, check_cpu_isa, format_table, pick_device
+from . import CommandError, check_cpu_isa, format_table, pick_backend, pick_device
 from .calibration import factorize, low_rank, weighted_moments
 
 PATTERN = "*.v_proj"
@@ -281,6 +281,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     source, text = read_text(args.text)
+    pick_backend(device, args.backend)  # refuse it before the model is loaded
     try:
         loaded = hf.load_causal_lm(args.model, device=device, dtype=dtype)
     except (hf.MissingExtra, OSError) as error:

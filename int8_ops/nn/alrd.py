@@ -144,7 +144,10 @@ class ALRDLinearINT8(nn.Module):
 
     def _is_fresh(self) -> bool:
         """Whether the integers are those of the float weight as it is now (or it is freed)."""
-        weight = self._modules["ALinear"]._parameters["weight"]  # type: ignore[union-attr]
+        a_linear = self._modules["ALinear"]
+        weight = a_linear._parameters.get("weight")  # type: ignore[union-attr]
+        if weight is None and "weight" not in a_linear._parameters:  # type: ignore[union-attr]
+            weight = self.ALinear.weight  # parametrized: made anew at each look, so never fresh
         if weight is None or not self._prepared:
             return self._prepared
         source = self._source
@@ -169,7 +172,9 @@ class ALRDLinearINT8(nn.Module):
                     "ALRDLinearINT8: there is nothing to quantize: ALinear.weight was freed and no "
                     "int8 weights were loaded"
                 )
-            self.A_int8, self.A_scale = INT8Quantizer.quantize_per_channel(weight.detach())
+            # The buffers outlive the call: made in inference mode, they could not be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                self.A_int8, self.A_scale = INT8Quantizer.quantize_per_channel(weight.detach())
             self._mark_fresh()
         if not keep_float and self.ALinear.weight is not None:
             self.ALinear.register_parameter("weight", None)
@@ -262,8 +267,10 @@ class ALRDLinearINT8(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Freshness is kept as a fact: versions mean nothing in another process."""
-        return {**self.__dict__, "_prepared": self._is_fresh(), "_source": None}
+        """With integers that are the float weight's: versions mean nothing in a copy."""
+        if self._prepared and not self._is_fresh():
+            self.prepare_int8_weights()
+        return {**self.__dict__, "_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The copy's integers are as fresh as the original's were."""
@@ -305,18 +312,31 @@ class ALRDLinearINT8(nn.Module):
         # What reaches the children is what is in state_dict after this method, so entries that the
         # module's state has no place for are taken out, and ones it can make are put in.
         if has_ints:
+            wrong = [
+                f"size mismatch for {key}: expected {list(own.shape)}, "
+                f"got {list(state_dict[key].shape)}"
+                for key, own in ((q_key, self.A_int8), (scale_key, self.A_scale))
+                if key in state_dict and state_dict[key].shape != own.shape
+            ]
+            if wrong or q_key not in state_dict:
+                # Before anything is changed: the layer stays as it was.
+                error_msgs.extend(wrong or [f"ALRDLinearINT8: {scale_key} came without {q_key}"])
+                return
             if has_floats and freed:
                 del state_dict[a_key]
             elif not has_floats and not freed:
                 self.ALinear.register_parameter("weight", None)
             self._prepared = True
         elif has_floats and freed:
-            floats = state_dict.pop(a_key).to(self.A_int8.device, self.BLinear.weight.dtype)
+            floats = state_dict.pop(a_key).to(self.BLinear.weight.dtype)
+            if not self.A_int8.is_meta:  # on meta the values would be lost
+                floats = floats.to(self.A_int8.device)
             q, scale = INT8Quantizer.quantize_per_channel(floats)
             state_dict[q_key], state_dict[scale_key] = q, scale
             self._prepared = True
         elif has_floats:
             state_dict[q_key], state_dict[scale_key] = self.A_int8, self.A_scale
+            self._source = None  # whatever its version says, the weight is another one now
         elif scale_key in state_dict:
             error_msgs.append(
                 f"ALRDLinearINT8: {q_key} was saved before prepare_int8_weights(), and there is no "

@@ -160,8 +160,10 @@ class INT8Linear(nn.Module):
                     f"INT8Linear: expected x on {here}, where the layer is, got x on {device}, two "
                     f"different devices; move the layer with .to({str(device)!r})"
                 )
-            for name, buffer in self._buffers.items():
-                self._buffers[name] = None if buffer is None else buffer.to(device)
+            # The buffers outlive the call: made in inference mode, they could not be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                for name, buffer in self._buffers.items():
+                    self._buffers[name] = None if buffer is None else buffer.to(device)
         linear = backends.linear_function(self.backend, device)
         self._device, self._device_type, self._linear = device, device.type, linear
         self._follows_input = False

@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kThreads)
   x += row * cols;
   q += row * cols;
   float amax = 0.0F;
-  for (int col = threadIdx.x; col < cols; col += kThreads) {
+  for (int64_t col = threadIdx.x; col < cols; col += kThreads) {
     amax = ptx::max_nan_f32(amax, fabsf(as_float(x[col])));
   }
   const RowScale s = RowScale::from_amax(row_amax<kThreads>(amax, scratch));
-  for (int col = threadIdx.x; col < cols; col += kThreads) {
+  for (int64_t col = threadIdx.x; col < cols; col += kThreads) {
     q[col] = quantize_one(as_float(x[col]), s);
   }
   if (threadIdx.x == 0) scale[row] = s.stored;
