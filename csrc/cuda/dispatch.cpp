@@ -80,12 +80,7 @@ GemmPlan plan_for(const MatmulParams& p) {
           "int8_ops: INT8_OPS_GEMM_CONFIG names " + describe(forced) +
           ", which takes no rows that start unaligned (K = " + std::to_string(p.k) + ")");
     }
-    // Splits beyond the K-blocks would be empty.
-    while (forced.splits > 1 &&
-           (forced.splits - 1) * k_blocks_per_split(forced.geometry(), p.k, forced.splits) >=
-               (p.k + forced.geometry().block_k() - 1) / forced.geometry().block_k()) {
-      --forced.splits;
-    }
+    while (has_empty_split(forced.geometry(), p.k, forced.splits)) --forced.splits;
     return forced;
   }
   // A model calls with few shapes again and again.
@@ -97,9 +92,7 @@ GemmPlan plan_for(const MatmulParams& p) {
   thread_local std::array<Entry, 64> cache;
   const auto hash = static_cast<size_t>(p.m * 31 + p.n * 17 + p.k * 7 + size_of(p.out_dtype));
   Entry& entry = cache[(hash ^ (hash >> 8)) % cache.size()];
-  const GemmProblem& seen = entry.problem;
-  if (seen.m != p.m || seen.n != p.n || seen.k != p.k || seen.out_bytes != problem.out_bytes ||
-      seen.aligned != problem.aligned || entry.device != p.ctx.device_index) {
+  if (entry.problem != problem || entry.device != p.ctx.device_index) {
     entry = {problem, p.ctx.device_index, select_gemm_plan(problem, device_of(p.ctx).facts)};
   }
   return entry.plan;
@@ -113,7 +106,6 @@ void require_supported_device(const ExecContext& ctx) {
 }
 
 int64_t matmul_workspace_bytes(MatmulParams& p) {
-  require_supported_device(p.ctx);
   const GemmPlan plan = plan_for(p);
   p.plan_tile = plan.tile;
   p.plan_splits = plan.splits;

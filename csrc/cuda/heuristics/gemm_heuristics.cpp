@@ -75,6 +75,10 @@ int64_t k_blocks_per_split(const GemmTile& tile, int64_t k, int32_t splits) {
   return ceil_div(ceil_div(k, tile.block_k()), splits);
 }
 
+bool has_empty_split(const GemmTile& tile, int64_t k, int32_t splits) {
+  return (splits - 1) * k_blocks_per_split(tile, k, splits) >= ceil_div(k, tile.block_k());
+}
+
 int64_t gemm_workspace_bytes(const GemmProblem& problem, const GemmPlan& plan) {
   return plan.splits == 1 ? 0 : problem.m * problem.n * 4 * plan.splits;
 }
@@ -87,11 +91,7 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
     if (!problem.aligned && !tile.serves_unaligned()) continue;
     if (!suits_rows(tile, problem.m)) continue;
     for (const int32_t splits : kSplitCandidates) {
-      // No empty split: the last one must still have a K-block.
-      if (splits > 1 && (splits - 1) * k_blocks_per_split(tile, problem.k, splits) >=
-                            ceil_div(problem.k, tile.block_k())) {
-        break;
-      }
+      if (has_empty_split(tile, problem.k, splits)) break;
       plans.push_back({t, splits, plan_cost(problem, device, tile, splits)});
     }
   }

@@ -16,6 +16,8 @@ struct GemmProblem {
   int64_t k;
   int64_t out_bytes;  // of one element of the output
   bool aligned;       // every row of both operands starts 16-byte aligned
+
+  bool operator==(const GemmProblem&) const = default;
 };
 
 // What the choice needs to know of a device.
@@ -34,6 +36,9 @@ struct GemmPlan {
 
 // K-blocks that each split gets, and the splits that are then not empty.
 int64_t k_blocks_per_split(const GemmTile& tile, int64_t k, int32_t splits);
+
+// Whether the last of so many splits would have no K-block left.
+bool has_empty_split(const GemmTile& tile, int64_t k, int32_t splits);
 
 // int32 partial sums, one slab a split; 0 without a split.
 int64_t gemm_workspace_bytes(const GemmProblem& problem, const GemmPlan& plan);
