@@ -7,7 +7,7 @@
 //     static void quantize(const QuantizeParams&);
 //     static void dequantize(const DequantizeParams&);
 //     static int64_t matmul_workspace_bytes(MatmulParams&);   // may note a plan in the params
-//     static void matmul(const MatmulParams&);
+//     static void matmul(MatmulParams&);                     // with x set: quantizes it too
 //   };
 // Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.
 #pragma once
@@ -177,38 +177,15 @@ struct OpImpl {
     const Tensor w_c = as_contiguous(w);
     const Epilogue epilogue(w_scale, bias);
     Tensor out = empty_on_device_of(x, Sizes(x, shape.n), out_scalar);
-    if (shape.m == 0 || shape.n == 0) return out;
-
     MatmulParams p = matmul_params(shape, w_c, out, out_type);
+    p.x = x_c.const_data_ptr();
+    p.x_dtype = x_type;
     epilogue.fill(p);
-    // One allocation holds the quantized rows, their scales and the kernel's own workspace.
-    const int64_t q_bytes = align_up(shape.m * shape.k);
-    const int64_t scale_bytes = align_up(shape.m * static_cast<int64_t>(sizeof(float)));
-    const int64_t extra_bytes = Policy::matmul_workspace_bytes(p);
-    Tensor scratch =
-        empty_on_device_of(x, Sizes{q_bytes + scale_bytes + extra_bytes}, ScalarType::Byte);
-    auto* base = static_cast<char*>(scratch.mutable_data_ptr());
-
-    QuantizeParams quantize;
-    quantize.x = x_c.const_data_ptr();
-    quantize.x_dtype = x_type;
-    quantize.q = reinterpret_cast<int8_t*>(base);
-    quantize.scale = reinterpret_cast<float*>(base + q_bytes);
-    quantize.rows = shape.m;
-    quantize.cols = shape.k;
-    quantize.ctx = p.ctx;
-    Policy::quantize(quantize);
-
-    p.a = quantize.q;
-    p.a_scale = quantize.scale;
-    p.workspace = extra_bytes > 0 ? base + q_bytes + scale_bytes : nullptr;
-    Policy::matmul(p);
+    run_matmul(p, out);
     return out;
   }
 
  private:
-  static constexpr int64_t align_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
   // Scale and bias made contiguous, kept alive while the kernel is launched.
   struct Epilogue {
     Epilogue(const Tensor& w_scale_in, const std::optional<Tensor>& bias_in)

@@ -50,8 +50,12 @@ struct DequantizeParams {
 // a int8 [m, k] times w int8 [n, k] transposed -> out [m, n].
 // out_dtype kInt32: the exact sums, scales and bias absent. Otherwise the scale epilogue:
 // out = round((float(acc) * a_scale[i]) * w_scale[j] + bias[j]).
+// Or with x in place of a and a_scale: a row of x is quantized to a row of a and its scale on the
+// way, in a pass before (common/quantized_rows.h) or inside the kernel.
 struct MatmulParams {
   const int8_t* a = nullptr;
+  const void* x = nullptr;  // [m, k], or absent
+  DType x_dtype = DType::kFloat32;
   const int8_t* w = nullptr;
   const float* a_scale = nullptr;  // [m]
   const float* w_scale = nullptr;  // [n]

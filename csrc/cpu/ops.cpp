@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/op_impl.h"
+#include "../common/quantized_rows.h"
 #include "dispatch.h"
 
 namespace int8_ops::cpu {
@@ -35,9 +36,12 @@ struct CpuPolicy {
                                 [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
 
-  static int64_t matmul_workspace_bytes(const MatmulParams& p) { return plan(p).workspace_bytes; }
+  static int64_t matmul_workspace_bytes(const MatmulParams& p) {
+    return plan(p).workspace_bytes + (p.x != nullptr ? quantized_rows_bytes(p) : 0);
+  }
 
-  static void matmul(const MatmulParams& p) {
+  static void matmul(MatmulParams& p) {
+    if (p.x != nullptr) quantize(place_quantized_rows(p));
     const KernelTable& table = kernels();
     const MatmulPlan how = plan(p);
     if (!how.packed) {

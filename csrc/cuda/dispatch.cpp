@@ -9,8 +9,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/quantized_rows.h"
 #include "arch_list.h"
 #include "heuristics/gemm_heuristics.h"
+#include "quantize/quantize.h"
 #include "sm80/gemm.h"
 
 namespace int8_ops::cuda {
@@ -109,10 +111,12 @@ int64_t matmul_workspace_bytes(MatmulParams& p) {
   const GemmPlan plan = plan_for(p);
   p.plan_tile = plan.tile;
   p.plan_splits = plan.splits;
-  return gemm_workspace_bytes(problem_of(p), plan);
+  return gemm_workspace_bytes(problem_of(p), plan) +
+         (p.x != nullptr ? quantized_rows_bytes(p) : 0);
 }
 
-void matmul(const MatmulParams& p) {
+void matmul(MatmulParams& p) {
+  if (p.x != nullptr) quantize_rows(place_quantized_rows(p));
   const GemmPlan plan = {p.plan_tile, p.plan_splits, 0.0};
   static const bool print = [] {
     const char* wish = std::getenv("INT8_OPS_PRINT_CONFIG");

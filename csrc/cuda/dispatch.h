@@ -8,8 +8,9 @@ namespace int8_ops::cuda {
 // Chooses p's plan and returns the bytes of device memory that matmul() then wants in p.workspace.
 int64_t matmul_workspace_bytes(MatmulParams& p);
 
-// Runs p's plan: int8 matmul with the epilogue that p asks for, on the context's device and stream.
-void matmul(const MatmulParams& p);
+// Runs p's plan: int8 matmul with the epilogue that p asks for, on the context's device and stream;
+// with x set, its quantization first or inside.
+void matmul(MatmulParams& p);
 
 // Throws unless the context's device can run what was compiled.
 void require_supported_device(const ExecContext& ctx);

@@ -37,7 +37,7 @@ struct CudaPolicy {
   }
   static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
   static int64_t matmul_workspace_bytes(MatmulParams& p) { return cuda::matmul_workspace_bytes(p); }
-  static void matmul(const MatmulParams& p) { cuda::matmul(p); }
+  static void matmul(MatmulParams& p) { cuda::matmul(p); }
 };
 
 }  // namespace

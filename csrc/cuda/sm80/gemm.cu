@@ -76,7 +76,8 @@ constexpr int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((
 }  // namespace
 
 bool has_aligned_rows(const MatmulParams& p) {
-  return p.k % 16 == 0 && is_aligned(p.a, 16) && is_aligned(p.w, 16);
+  // x stands for rows of a workspace, which starts aligned.
+  return p.k % 16 == 0 && (p.x != nullptr || is_aligned(p.a, 16)) && is_aligned(p.w, 16);
 }
 
 void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
