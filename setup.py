@@ -270,7 +270,7 @@ if build_cuda:
     ext_modules.append(
         CUDAExtension(
             "int8_ops._C_cuda",
-            sources("cuda/*.cpp", "cuda/heuristics/*.cpp", "cuda/**/*.cu"),
+            sources("cuda/**/*.cpp", "cuda/**/*.cu"),
             define_macros=build_info_macros(),
             extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS]},
             depends=["setup.py", *sources("**/*.h", "**/*.cuh")],

@@ -50,8 +50,10 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
 }
 
 PyObject* plan_to_dict(const int8_ops::cuda::GemmPlan& plan) {
-  return Py_BuildValue("{s:i,s:i,s:d,s:s}", "tile", plan.tile, "splits", plan.splits, "cost",
-                       plan.cost, "text", int8_ops::cuda::describe(plan).c_str());
+  return Py_BuildValue("{s:s,s:i,s:i,s:d,s:s}", "path",
+                       int8_ops::cuda::kGemmPathNames[static_cast<int>(plan.path)], "tile",
+                       plan.tile, "splits", plan.splits, "cost", plan.cost, "text",
+                       int8_ops::cuda::describe(plan).c_str());
 }
 
 // The plans for a problem on a device, cheapest first.
@@ -63,8 +65,11 @@ PyObject* rank_gemm_plans(PyObject*, PyObject* args) {
   int sm_count = 0;
   int shared_bytes = 0;
   int aligned = 1;
-  if (!PyArg_ParseTuple(args, "LLLLii|p", &m, &n, &k, &out_bytes, &sm_count, &shared_bytes,
-                        &aligned)) {
+  int wide = 1;
+  int sm90 = 0;
+  long long x_bytes = 0;
+  if (!PyArg_ParseTuple(args, "LLLLii|pppL", &m, &n, &k, &out_bytes, &sm_count, &shared_bytes,
+                        &aligned, &wide, &sm90, &x_bytes)) {
     return nullptr;
   }
   if (m < 1 || n < 1 || k < 1 || out_bytes < 1 || sm_count < 1) {
@@ -72,8 +77,9 @@ PyObject* rank_gemm_plans(PyObject*, PyObject* args) {
     return nullptr;
   }
   try {
-    const auto plans = int8_ops::cuda::rank_gemm_plans({m, n, k, out_bytes, aligned != 0},
-                                                       {sm_count, shared_bytes});
+    const auto plans =
+        int8_ops::cuda::rank_gemm_plans({m, n, k, out_bytes, aligned != 0, wide != 0, x_bytes},
+                                        {sm_count, shared_bytes, sm90 != 0});
     PyObject* list = PyList_New(0);
     for (const auto& plan : plans) {
       PyObject* item = plan_to_dict(plan);

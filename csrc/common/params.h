@@ -68,6 +68,7 @@ struct MatmulParams {
   int64_t k = 0;
   void* workspace = nullptr;  // as many bytes as matmul_workspace_bytes() asked for
   // A device's own choice for the problem, made by matmul_workspace_bytes() and kept for matmul().
+  int32_t plan_path = -1;
   int32_t plan_tile = -1;
   int32_t plan_splits = 0;
   ExecContext ctx;

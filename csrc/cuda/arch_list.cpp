@@ -30,4 +30,12 @@ std::string why_not_runnable(const std::string& archs, int major, int minor) {
   return out.str();
 }
 
+bool holds_sm90a(const std::string& archs) {
+  std::istringstream list(archs);
+  for (std::string arch; std::getline(list, arch, ';');) {
+    if (arch == "9.0a" || arch == "9.0a+PTX") return true;
+  }
+  return false;
+}
+
 }  // namespace int8_ops::cuda

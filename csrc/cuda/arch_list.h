@@ -10,4 +10,7 @@ namespace int8_ops::cuda {
 // an "a" architecture), or PTX of no higher capability. Else the sentence that says why not.
 std::string why_not_runnable(const std::string& archs, int major, int minor);
 
+// Whether `archs` holds the code of sm_90a, which alone has wgmma.
+bool holds_sm90a(const std::string& archs);
+
 }  // namespace int8_ops::cuda

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #include "heuristics/gemm_heuristics.h"
 #include "quantize/quantize.h"
 #include "sm80/gemm.h"
+#include "sm90/gemm.h"
 
 namespace int8_ops::cuda {
 namespace {
@@ -44,50 +46,88 @@ const Device& device_of(const ExecContext& ctx) {
     const int id = ctx.device_index;
     device.facts.sm_count = attribute(cudaDevAttrMultiProcessorCount, id);
     device.facts.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    device.unsupported =
-        why_not_runnable(INT8_OPS_BUILD_ARCHS, attribute(cudaDevAttrComputeCapabilityMajor, id),
-                         attribute(cudaDevAttrComputeCapabilityMinor, id));
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, id);
+    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, id);
+    device.unsupported = why_not_runnable(INT8_OPS_BUILD_ARCHS, major, minor);
+    device.facts.sm90 = major == 9 && minor == 0 && holds_sm90a(INT8_OPS_BUILD_ARCHS);
   });
   return device;
 }
 
 GemmProblem problem_of(const MatmulParams& p) {
-  return {p.m, p.n, p.k, size_of(p.out_dtype), sm80::has_aligned_rows(p)};
+  const bool wide = p.n % 8 == 0 && is_aligned(p.out, 16) && is_aligned(p.w_scale, 16) &&
+                    is_aligned(p.bias, 16) && is_aligned(p.x, 16);
+  const int64_t x_bytes = p.x != nullptr ? size_of(p.x_dtype) : 0;
+  return {p.m, p.n, p.k, size_of(p.out_dtype), sm80::has_aligned_rows(p), wide, x_bytes};
 }
 
-// INT8_OPS_GEMM_CONFIG="tile:splits" forces a plan: for tests that must reach every tile, and for
-// measuring. Read at each call, so that one process can try several.
+// For measuring, and for tests that must reach every tile; read at each call, so that one process
+// can try several. INT8_OPS_GEMM_CONFIG="path:tile:splits" forces a plan, INT8_OPS_GEMM_PATH=path
+// leaves the choice to the heuristics but for the path.
+int32_t path_named(const std::string& name, const char* variable) {
+  std::string known;
+  for (int32_t i = 0; i < kNumGemmPaths; ++i) {
+    if (name == kGemmPathNames[i]) return i;
+    known += (i > 0 ? ", " : "") + std::string(kGemmPathNames[i]);
+  }
+  throw std::runtime_error(std::string("int8_ops: ") + variable + " names the path \"" + name +
+                           "\"; known are " + known);
+}
+
+const char* setting(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text == nullptr || *text == '\0' ? nullptr : text;
+}
+
 bool forced_plan(GemmPlan& plan) {
-  const char* text = std::getenv("INT8_OPS_GEMM_CONFIG");
-  if (text == nullptr || *text == '\0') return false;
+  constexpr const char* kVariable = "INT8_OPS_GEMM_CONFIG";
+  const char* text = setting(kVariable);
+  if (text == nullptr) return false;
+  const char* colon = std::strchr(text, ':');
   int tile = -1;
   int splits = 0;
   int read = 0;
-  if (std::sscanf(text, "%d:%d%n", &tile, &splits, &read) != 2 || text[read] != '\0' || tile < 0 ||
-      tile >= static_cast<int>(kNumGemmTiles) || splits < 1) {
-    throw std::runtime_error(
-        "int8_ops: INT8_OPS_GEMM_CONFIG must be \"tile:splits\" with a tile of 0.." +
-        std::to_string(kNumGemmTiles - 1) + ", got \"" + text + "\"");
+  if (colon == nullptr || std::sscanf(colon, ":%d:%d%n", &tile, &splits, &read) != 2 ||
+      colon[read] != '\0' || splits < 1) {
+    throw std::runtime_error(std::string("int8_ops: ") + kVariable +
+                             " must be \"path:tile:splits\", got \"" + text + "\"");
   }
-  plan = {tile, splits, 0.0};
+  const auto path = static_cast<GemmPath>(path_named(std::string(text, colon), kVariable));
+  if (tile < 0 || tile >= num_tiles(path)) {
+    throw std::runtime_error(std::string("int8_ops: ") + kVariable + " must name a tile of 0.." +
+                             std::to_string(num_tiles(path) - 1) + ", got \"" + text + "\"");
+  }
+  plan = {path, tile, splits, 0.0};
   return true;
 }
 
 GemmPlan plan_for(const MatmulParams& p) {
   const GemmProblem problem = problem_of(p);
+  const DeviceFacts& device = device_of(p.ctx).facts;
   GemmPlan forced;
   if (forced_plan(forced)) {
-    if (!problem.aligned && !forced.geometry().serves_unaligned()) {
-      throw std::runtime_error(
-          "int8_ops: INT8_OPS_GEMM_CONFIG names " + describe(forced) +
-          ", which takes no rows that start unaligned (K = " + std::to_string(p.k) + ")");
+    const std::string why = why_not_served(forced.path, forced.tile, problem, device);
+    if (!why.empty()) {
+      throw std::runtime_error("int8_ops: INT8_OPS_GEMM_CONFIG names " + describe(forced) +
+                               " for M = " + std::to_string(p.m) + ", N = " + std::to_string(p.n) +
+                               ", K = " + std::to_string(p.k) + ", but " + why);
     }
-    while (has_empty_split(forced.geometry(), p.k, forced.splits)) --forced.splits;
+    while (!is_useful_split(forced, problem)) --forced.splits;
     return forced;
+  }
+  if (const char* name = setting("INT8_OPS_GEMM_PATH")) {
+    const auto path = static_cast<GemmPath>(path_named(name, "INT8_OPS_GEMM_PATH"));
+    for (const GemmPlan& plan : rank_gemm_plans(problem, device)) {
+      if (plan.path == path) return plan;
+    }
+    throw std::runtime_error(std::string("int8_ops: INT8_OPS_GEMM_PATH=") + name +
+                             " takes no problem of M = " + std::to_string(p.m) +
+                             ", N = " + std::to_string(p.n) + ", K = " + std::to_string(p.k) +
+                             ": " + why_not_served(path, 0, problem, device));
   }
   // A model calls with few shapes again and again.
   struct Entry {
-    GemmProblem problem{-1, -1, -1, -1, false};
+    GemmProblem problem{-1, -1, -1, -1, false, false, 0};
     int32_t device = -1;
     GemmPlan plan{};
   };
@@ -95,7 +135,7 @@ GemmPlan plan_for(const MatmulParams& p) {
   const auto hash = static_cast<size_t>(p.m * 31 + p.n * 17 + p.k * 7 + size_of(p.out_dtype));
   Entry& entry = cache[(hash ^ (hash >> 8)) % cache.size()];
   if (entry.problem != problem || entry.device != p.ctx.device_index) {
-    entry = {problem, p.ctx.device_index, select_gemm_plan(problem, device_of(p.ctx).facts)};
+    entry = {problem, p.ctx.device_index, select_gemm_plan(problem, device)};
   }
   return entry.plan;
 }
@@ -109,15 +149,17 @@ void require_supported_device(const ExecContext& ctx) {
 
 int64_t matmul_workspace_bytes(MatmulParams& p) {
   const GemmPlan plan = plan_for(p);
+  const GemmProblem problem = problem_of(p);
+  p.plan_path = static_cast<int32_t>(plan.path);
   p.plan_tile = plan.tile;
   p.plan_splits = plan.splits;
-  return gemm_workspace_bytes(problem_of(p), plan) +
-         (p.x != nullptr ? quantized_rows_bytes(p) : 0);
+  const bool pass = p.x != nullptr && !quantizes_inside(plan, problem);
+  return gemm_workspace_bytes(problem, plan) + (pass ? quantized_rows_bytes(p) : 0);
 }
 
 void matmul(MatmulParams& p) {
-  if (p.x != nullptr) quantize_rows(place_quantized_rows(p));
-  const GemmPlan plan = {p.plan_tile, p.plan_splits, 0.0};
+  const GemmPlan plan = {static_cast<GemmPath>(p.plan_path), p.plan_tile, p.plan_splits, 0.0};
+  const DeviceFacts& device = device_of(p.ctx).facts;
   static const bool print = [] {
     const char* wish = std::getenv("INT8_OPS_PRINT_CONFIG");
     return wish != nullptr && std::string(wish) == "1";
@@ -126,7 +168,17 @@ void matmul(MatmulParams& p) {
     std::fprintf(stderr, "int8_ops: gemm m %lld n %lld k %lld: %s\n", static_cast<long long>(p.m),
                  static_cast<long long>(p.n), static_cast<long long>(p.k), describe(plan).c_str());
   }
-  sm80::gemm(p, plan, device_of(p.ctx).facts.sm_count);
+  if (p.x != nullptr && !quantizes_inside(plan, problem_of(p))) {
+    quantize_rows(place_quantized_rows(p));
+  }
+  switch (plan.path) {
+    case GemmPath::kSm80:
+      return sm80::gemm(p, plan, device.sm_count);
+    case GemmPath::kResident:
+      return sm90::resident(p, plan.tile, plan.splits, device);
+    case GemmPath::kStream:
+      return sm90::stream(p, plan.tile, device);
+  }
 }
 
 }  // namespace int8_ops::cuda

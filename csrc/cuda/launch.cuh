@@ -18,6 +18,7 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks along x
 };
 
 inline void check_cuda(cudaError_t status, const char* what) {
@@ -78,16 +79,25 @@ void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, 
       facts.shared_limit.store(shape.shared_bytes, std::memory_order_release);
     }
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  unsigned count = 0;
+  if (facts.waits_for_predecessor.load(std::memory_order_relaxed)) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(ctx.stream);
-  config.attrs = &attribute;
-  config.numAttrs = facts.waits_for_predecessor.load(std::memory_order_relaxed) ? 1 : 0;
+  config.attrs = attributes.data();
+  config.numAttrs = count;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), name);
 }
 

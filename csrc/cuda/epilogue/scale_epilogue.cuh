@@ -24,6 +24,11 @@ struct ScaleEpilogue {
   // Eight columns at once: n is a multiple of eight, every pointer is 16-byte aligned.
   bool vector;
 
+  // The algebra, but for the bias.
+  static __device__ __forceinline__ float scaled(int32_t acc, float row_scale, float w_scale) {
+    return __fmul_rn(__fmul_rn(__int2float_rn(acc), row_scale), w_scale);
+  }
+
   // What eight neighbouring columns need.
   struct Columns {
     float w_scale[8];
@@ -70,7 +75,7 @@ struct ScaleEpilogue {
       float y[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        y[e] = __fmul_rn(__fmul_rn(__int2float_rn(acc[e]), row_scale), columns.w_scale[e]);
+        y[e] = scaled(acc[e], row_scale, columns.w_scale[e]);
       }
       // A branch and not y + 0: that would turn a -0 into a +0.
       if (bias != nullptr) {

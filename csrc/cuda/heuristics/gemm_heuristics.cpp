@@ -34,7 +34,7 @@ constexpr double kLaunchCycles = 4000;
 constexpr double kSplitCycles = 3600;
 constexpr double kDeviceBytesPerCycle = 2100;
 
-double plan_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile& tile,
+double sm80_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile& tile,
                  int32_t splits) {
   const int64_t works = ceil_div(p.m, tile.block_m) * ceil_div(p.n, tile.block_n) * splits;
   const auto share = static_cast<double>(ceil_div(works, device.sm_count));
@@ -64,6 +64,46 @@ double plan_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
   return cycles;
 }
 
+// A first model of the Hopper kernels: products at 80 % of the peak, hidden behind them the
+// epilogue; before them the rows of x.
+double resident_cost(const GemmProblem& p, const DeviceFacts& device, const ResidentTile& tile,
+                     int32_t parts) {
+  const int64_t works = ceil_div(p.m, ResidentTile::kBlockM * tile.cluster) * parts;
+  const auto turns = static_cast<double>(ceil_div(works, device.sm_count / tile.cluster));
+  const auto n_tiles = static_cast<double>(ceil_div(ceil_div(p.n, tile.block_n), parts));
+  const auto k_blocks = static_cast<double>(ceil_div(p.k, ResidentTile::kBlockK));
+  const double products = k_blocks * tile.block_n * 4 / 0.8;
+  const double epilogue = tile.block_n * 7.0;
+  const double rows = p.x_bytes > 0 ? 1500 + 14.0 * static_cast<double>(p.k) : 1000;
+  const double bytes = static_cast<double>(p.m * p.k * std::max<int64_t>(p.x_bytes, 1)) +
+                       static_cast<double>(p.n * p.k + p.m * p.n * p.out_bytes);
+  return kLaunchCycles + std::max(turns * (rows + n_tiles * std::max(products, epilogue)),
+                                  bytes / kDeviceBytesPerCycle);
+}
+
+double stream_cost(const GemmProblem& p, const DeviceFacts& device, const StreamTile& tile) {
+  const int64_t works = ceil_div(p.m, StreamTile::kBlockM * tile.cluster_m) *
+                        ceil_div(p.n, tile.block_n * tile.cluster_n);
+  const auto turns =
+      static_cast<double>(ceil_div(works, device.sm_count / (tile.cluster_m * tile.cluster_n)));
+  const auto k_blocks = static_cast<double>(ceil_div(p.k, StreamTile::kBlockK));
+  const double products = k_blocks * std::max(tile.block_n, 128) * 4 / 0.8;
+  const double epilogue = tile.block_n * 7.0;
+  const double bytes =
+      static_cast<double>(p.m * p.k + p.n * p.k) + static_cast<double>(p.m * p.n * p.out_bytes);
+  return kLaunchCycles + std::max(turns * (tile.block_n > 128 ? products + epilogue
+                                                              : std::max(products, epilogue)) +
+                                      1500,
+                                  bytes / kDeviceBytesPerCycle);
+}
+
+// A quantization of its own before a matmul.
+double quantize_cost(const GemmProblem& p) {
+  if (p.x_bytes == 0) return 0.0;
+  return kLaunchCycles / 2 +
+         static_cast<double>(p.m * p.k * (p.x_bytes + 1)) / kDeviceBytesPerCycle;
+}
+
 // A tile with far more rows than the problem reads the same few rows of a from every block.
 bool suits_rows(const GemmTile& tile, int64_t m) {
   return tile.block_m <= 16 || tile.block_m < 2 * m;
@@ -79,21 +119,86 @@ bool has_empty_split(const GemmTile& tile, int64_t k, int32_t splits) {
   return (splits - 1) * k_blocks_per_split(tile, k, splits) >= ceil_div(k, tile.block_k());
 }
 
+bool is_useful_split(const GemmPlan& plan, const GemmProblem& problem) {
+  switch (plan.path) {
+    case GemmPath::kSm80:
+      return !has_empty_split(plan.geometry(), problem.k, plan.splits);
+    case GemmPath::kResident:
+      return plan.splits <= ceil_div(problem.n, kResidentTiles[plan.tile].block_n);
+    case GemmPath::kStream:
+      return plan.splits == 1;
+  }
+  return true;
+}
+
 int64_t gemm_workspace_bytes(const GemmProblem& problem, const GemmPlan& plan) {
-  return plan.splits == 1 ? 0 : problem.m * problem.n * 4 * plan.splits;
+  const bool slabs = plan.path == GemmPath::kSm80 && plan.splits > 1;
+  return slabs ? problem.m * problem.n * 4 * plan.splits : 0;
+}
+
+int32_t num_tiles(GemmPath path) {
+  switch (path) {
+    case GemmPath::kSm80:
+      return static_cast<int32_t>(kNumGemmTiles);
+    case GemmPath::kResident:
+      return static_cast<int32_t>(kNumResidentTiles);
+    case GemmPath::kStream:
+      return static_cast<int32_t>(kNumStreamTiles);
+  }
+  return 0;
+}
+
+std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& problem,
+                           const DeviceFacts& device) {
+  if (path == GemmPath::kSm80) {
+    if (!problem.aligned && !kGemmTiles[tile].serves_unaligned()) {
+      return "it takes no rows that start unaligned";
+    }
+    const int32_t needed = kGemmTiles[tile].shared_bytes(kGemmTiles[tile].stages);
+    if (needed > device.shared_bytes_per_block) return "it needs more shared memory";
+    return "";
+  }
+  if (!device.sm90) return "it needs a device of capability 9.0 and a build for 9.0a";
+  if (!problem.aligned) return "it takes no rows that start unaligned";
+  if (!problem.wide) return "it takes N in multiples of 8, and 16-byte aligned tensors";
+  if (path == GemmPath::kResident) {
+    if (problem.k > kMaxResidentK) return "it takes K up to " + std::to_string(kMaxResidentK);
+    if (kResidentTiles[tile].shared(problem.k, 1, device.shared_bytes_per_block).stages == 0) {
+      return "it needs more shared memory";
+    }
+  }
+  return "";
+}
+
+bool quantizes_inside(const GemmPlan& plan, const GemmProblem& problem) {
+  return problem.x_bytes > 0 && plan.path == GemmPath::kResident;
 }
 
 std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFacts& device) {
   std::vector<GemmPlan> plans;
-  for (int32_t t = 0; t < static_cast<int32_t>(kNumGemmTiles); ++t) {
+  const double before = quantize_cost(problem);
+  for (int32_t t = 0; t < num_tiles(GemmPath::kSm80); ++t) {
     const GemmTile& tile = kGemmTiles[t];
-    if (tile.shared_bytes(tile.stages) > device.shared_bytes_per_block) continue;
-    if (!problem.aligned && !tile.serves_unaligned()) continue;
+    if (!why_not_served(GemmPath::kSm80, t, problem, device).empty()) continue;
     if (!suits_rows(tile, problem.m)) continue;
     for (const int32_t splits : kSplitCandidates) {
       if (has_empty_split(tile, problem.k, splits)) break;
-      plans.push_back({t, splits, plan_cost(problem, device, tile, splits)});
+      plans.push_back(
+          {GemmPath::kSm80, t, splits, before + sm80_cost(problem, device, tile, splits)});
     }
+  }
+  for (int32_t t = 0; t < num_tiles(GemmPath::kResident); ++t) {
+    if (!why_not_served(GemmPath::kResident, t, problem, device).empty()) continue;
+    for (const int32_t parts : kSplitCandidates) {
+      if (parts > ceil_div(problem.n, kResidentTiles[t].block_n)) break;
+      plans.push_back({GemmPath::kResident, t, parts,
+                       resident_cost(problem, device, kResidentTiles[t], parts)});
+    }
+  }
+  for (int32_t t = 0; t < num_tiles(GemmPath::kStream); ++t) {
+    if (!why_not_served(GemmPath::kStream, t, problem, device).empty()) continue;
+    plans.push_back(
+        {GemmPath::kStream, t, 1, before + stream_cost(problem, device, kStreamTiles[t])});
   }
   if (plans.empty()) {
     throw std::runtime_error("int8_ops: no GEMM tile fits the " +
@@ -110,11 +215,22 @@ GemmPlan select_gemm_plan(const GemmProblem& problem, const DeviceFacts& device)
 }
 
 std::string describe(const GemmPlan& plan) {
-  const GemmTile& tile = plan.geometry();
   std::ostringstream out;
-  out << tile.block_m << 'x' << tile.block_n << 'x' << tile.block_k() << " warps " << tile.warps_m
-      << 'x' << tile.warps_n << 'x' << tile.warps_k << " stages " << tile.stages << " split "
-      << plan.splits;
+  out << kGemmPathNames[static_cast<int32_t>(plan.path)] << ' ';
+  if (plan.path == GemmPath::kSm80) {
+    const GemmTile& tile = plan.geometry();
+    out << tile.block_m << 'x' << tile.block_n << 'x' << tile.block_k() << " warps " << tile.warps_m
+        << 'x' << tile.warps_n << 'x' << tile.warps_k << " stages " << tile.stages << " split "
+        << plan.splits;
+  } else if (plan.path == GemmPath::kResident) {
+    const ResidentTile& tile = kResidentTiles[plan.tile];
+    out << ResidentTile::kBlockM << 'x' << tile.block_n << " cluster " << tile.cluster << " parts "
+        << plan.splits;
+  } else {
+    const StreamTile& tile = kStreamTiles[plan.tile];
+    out << StreamTile::kBlockM << 'x' << tile.block_n << 'x' << StreamTile::kBlockK << " cluster "
+        << tile.cluster_m << 'x' << tile.cluster_n;
+  }
   return out.str();
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm_tiles.h"
+#include "sm90_tiles.h"
 
 namespace int8_ops::cuda {
 
@@ -16,6 +17,8 @@ struct GemmProblem {
   int64_t k;
   int64_t out_bytes;  // of one element of the output
   bool aligned;       // every row of both operands starts 16-byte aligned
+  bool wide;          // n is a multiple of 8, and out, x, scales and bias start 16-byte aligned
+  int64_t x_bytes;    // of one element of x, which is to be quantized; 0 where a is given
 
   bool operator==(const GemmProblem&) const = default;
 };
@@ -24,21 +27,41 @@ struct GemmProblem {
 struct DeviceFacts {
   int32_t sm_count;
   int32_t shared_bytes_per_block;  // the opt-in limit
+  bool sm90;                       // runs, and the library holds, the code of sm_90a
 };
 
+// Whose kernels a plan names.
+enum class GemmPath : int32_t { kSm80, kResident, kStream };
+inline constexpr const char* kGemmPathNames[] = {"sm80", "resident", "stream"};
+inline constexpr int32_t kNumGemmPaths = 3;
+
 struct GemmPlan {
-  int32_t tile;    // index into kGemmTiles
-  int32_t splits;  // along K, each with sums of its own; 1: none
+  GemmPath path;
+  int32_t tile;    // index into kGemmTiles, kResidentTiles or kStreamTiles
+  int32_t splits;  // sm80: along K, each with sums of its own; resident: parts of the columns
   double cost;     // predicted multiprocessor cycles, for comparison only
 
   const GemmTile& geometry() const { return kGemmTiles[tile]; }
 };
+
+// How many tiles a path has.
+int32_t num_tiles(GemmPath path);
+
+// Why a path can't take a problem on a device; empty where it can.
+std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& problem,
+                           const DeviceFacts& device);
+
+// Whether a plan quantizes x inside its kernel. Elsewhere a pass of its own goes before.
+bool quantizes_inside(const GemmPlan& plan, const GemmProblem& problem);
 
 // K-blocks that each split gets, and the splits that are then not empty.
 int64_t k_blocks_per_split(const GemmTile& tile, int64_t k, int32_t splits);
 
 // Whether the last of so many splits would have no K-block left.
 bool has_empty_split(const GemmTile& tile, int64_t k, int32_t splits);
+
+// Whether every one of a plan's splits, or parts, has something to do.
+bool is_useful_split(const GemmPlan& plan, const GemmProblem& problem);
 
 // int32 partial sums, one slab a split; 0 without a split.
 int64_t gemm_workspace_bytes(const GemmProblem& problem, const GemmPlan& plan);

@@ -119,13 +119,14 @@ struct RowScale {
 };
 
 // Note [Multiply, then repair]
-// rint(RN(x / s)) is wanted. t = x * RN(1/s) is cheaper and off by little: relative errors of 2^-24
-// each for the reciprocal, the product and RN(x / s) itself keep the two within 127.5 * 3 * 2^-24
-// < 2.3e-5 of each other. So where t is further than that from every half-integer both round to
-// the same integer; where it is not (about one value in 17,000), the quotient is made exact.
+// rint(RN(x / s)) is wanted. x * y with y = RN(1/s) is cheaper and off by little: relative errors
+// of 2^-24 each for y and for RN(x / s) keep the two within 127.5 * 2 * 2^-24 < 1.6e-5 of each
+// other. So where x * y is further than that from every half-integer both round to the same
+// integer; where it is not (about one value in 17,000), the quotient is made exact.
+//
+// One FMA multiplies and rounds: x * y + 1.5 * 2^23 keeps rint(x * y), ties to even, in its low
+// mantissa bits, as two's complement. A second one gives what was rounded off, to within 2^-25.
 inline constexpr float kSurelyNotHalf = 0.49997F;
-
-// t + 1.5 * 2^23 leaves rint(t), ties to even, in the low mantissa bits, as two's complement.
 inline constexpr float kRintMagic = 12582912.0F;
 
 // RN(x / s) for a row's x, in a few FMAs and registers where __fdiv_rn is a subroutine.
@@ -152,12 +153,12 @@ __device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowSc
   float worst = 0.0F;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float t = __fmul_rn(x[i], s.inverse);
-    const float shifted = __fadd_rn(t, kRintMagic);
+    const float shifted = __fmaf_rn(x[i], s.inverse, kRintMagic);
     q[i] = __float_as_uint(shifted);
-    worst = fmaxf(worst, fabsf(__fsub_rn(t, __fsub_rn(shifted, kRintMagic))));
+    const float rounded = __fsub_rn(shifted, kRintMagic);
+    worst = fmaxf(worst, fabsf(__fmaf_rn(x[i], s.inverse, -rounded)));
   }
-  if (worst > kSurelyNotHalf && s.inverse != 0.0F) {
+  if (__builtin_expect(worst > kSurelyNotHalf && s.inverse != 0.0F, 0)) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       q[i] = __float_as_uint(__fadd_rn(divide_rn(x[i], s), kRintMagic));

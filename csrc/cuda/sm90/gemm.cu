@@ -1,0 +1,110 @@
+// From a plan to a launch: tensor maps, stages, grid.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "gemm.h"
+#include "launchers.cuh"
+#include "tensor_map.h"
+
+namespace int8_ops::cuda::sm90 {
+namespace {
+
+constexpr int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+
+template <int... kTile>
+constexpr std::array<ResidentLauncher, 4 * sizeof...(kTile)> resident_launchers(
+    std::integer_sequence<int, kTile...>) {
+  return {launch_resident<kTile, Source::kInt8>..., launch_resident<kTile, Source::kFloat16>...,
+          launch_resident<kTile, Source::kBFloat16>...,
+          launch_resident<kTile, Source::kFloat32>...};
+}
+template <int... kTile>
+constexpr std::array<StreamLauncher, sizeof...(kTile)> stream_launchers(
+    std::integer_sequence<int, kTile...>) {
+  return {launch_stream<kTile>...};
+}
+constexpr auto kResidentLaunchers =
+    resident_launchers(std::make_integer_sequence<int, static_cast<int>(kNumResidentTiles)>{});
+constexpr auto kStreamLaunchers =
+    stream_launchers(std::make_integer_sequence<int, static_cast<int>(kNumStreamTiles)>{});
+
+Source source_of(const MatmulParams& p) {
+  if (p.x == nullptr) return Source::kInt8;
+  switch (p.x_dtype) {
+    case DType::kFloat16:
+      return Source::kFloat16;
+    case DType::kBFloat16:
+      return Source::kBFloat16;
+    default:
+      return Source::kFloat32;
+  }
+}
+
+GemmArgs common_args(const MatmulParams& p) {
+  GemmArgs args{};
+  args.x = p.x;
+  args.m = checked_int32(p.m, "rows");
+  args.n = checked_int32(p.n, "columns");
+  args.k = static_cast<int32_t>(p.k);
+  args.k_blocks = ceil_div(p.k, ResidentTile::kBlockK);
+  if (size_of(p.out_dtype) == 2) {
+    args.out_map = make_tensor_map(p.out, p.m, p.n, 2, 64);
+  }
+  args.epilogue = {p.a_scale,   p.w_scale, p.bias, p.bias_dtype, p.out,
+                   p.out_dtype, args.m,    args.n, true};
+  return args;
+}
+
+}  // namespace
+
+void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const DeviceFacts& device) {
+  const ResidentTile& tile = kResidentTiles[tile_index];
+  const Source source = source_of(p);
+  GemmArgs args = common_args(p);
+  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n / tile.cluster);
+  if (source == Source::kInt8)
+    args.a_map = make_tensor_map(p.a, p.m, p.k, 1, ResidentTile::kBlockM);
+  args.m_tiles = ceil_div(p.m, ResidentTile::kBlockM * tile.cluster);
+  args.n_tiles = ceil_div(p.n, tile.block_n);
+  args.n_parts = parts;
+  // The copy engine can fetch the next rows while these are in use.
+  const int32_t limit = device.shared_bytes_per_block;
+  const bool two = source == Source::kInt8 && tile.shared(p.k, 2, limit).stages >= kWantedStages;
+  const int32_t buffers = two ? 2 : 1;
+  const Sm90Shared shared = tile.shared(p.k, buffers, limit);
+  args.stages = shared.stages;
+  args.factor_slots = shared.factor_slots;
+
+  LaunchShape shape;
+  const int32_t clusters = std::min(args.m_tiles * parts, device.sm_count / tile.cluster);
+  shape.grid = dim3(static_cast<unsigned>(clusters * tile.cluster));
+  shape.block = dim3(ResidentTile::kThreads);
+  shape.cluster = static_cast<unsigned>(tile.cluster);
+  shape.shared_bytes = static_cast<size_t>(shared.bytes);
+  const size_t launcher = static_cast<size_t>(source) * kNumResidentTiles + tile_index;
+  kResidentLaunchers.at(launcher)(args, static_cast<uint32_t>(buffers), shape, p.ctx);
+}
+
+void stream(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
+  const StreamTile& tile = kStreamTiles[tile_index];
+  GemmArgs args = common_args(p);
+  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n / tile.cluster_m);
+  args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StreamTile::kBlockM / tile.cluster_n);
+  args.m_tiles = ceil_div(p.m, StreamTile::kBlockM * tile.cluster_m);
+  args.n_tiles = ceil_div(p.n, tile.block_n * tile.cluster_n);
+  const Sm90Shared shared = tile.shared(p.k, device.shared_bytes_per_block);
+  args.stages = shared.stages;
+  args.factor_slots = shared.factor_slots;
+
+  LaunchShape shape;
+  const int32_t cluster = tile.cluster_m * tile.cluster_n;
+  const int32_t clusters = std::min(args.m_tiles * args.n_tiles, device.sm_count / cluster);
+  shape.grid = dim3(static_cast<unsigned>(clusters * cluster));
+  shape.block = dim3(StreamTile::kThreads);
+  shape.cluster = static_cast<unsigned>(cluster);
+  shape.shared_bytes = static_cast<size_t>(shared.bytes);
+  kStreamLaunchers.at(static_cast<size_t>(tile_index))(args, shape, p.ctx);
+}
+
+}  // namespace int8_ops::cuda::sm90
