@@ -21,8 +21,9 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 __device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// A chunk in its storage dtype, with the exact conversion to float32. Loaded as streaming data: x
-// is read once, and cache is better spent on q, which the matmul reads next.
+// A chunk in its storage dtype, with the exact conversion to float32. load() takes it as streaming
+// data: x is read once, and cache is better spent on q, which the matmul reads next. load_cached()
+// is for an x that is read again, by this block or another.
 template <typename T>
 struct Chunk {
   static_assert(sizeof(T) == 2);
@@ -30,6 +31,9 @@ struct Chunk {
 
   __device__ __forceinline__ void load(const T* from) {
     raw = __ldcs(reinterpret_cast<const uint4*>(from));
+  }
+  __device__ __forceinline__ void load_cached(const T* from) {
+    raw = *reinterpret_cast<const uint4*>(from);
   }
   __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
 
@@ -81,6 +85,10 @@ struct Chunk<float> {
   __device__ __forceinline__ void load(const float* from) {
     lo = __ldcs(reinterpret_cast<const float4*>(from));
     hi = __ldcs(reinterpret_cast<const float4*>(from) + 1);
+  }
+  __device__ __forceinline__ void load_cached(const float* from) {
+    lo = reinterpret_cast<const float4*>(from)[0];
+    hi = reinterpret_cast<const float4*>(from)[1];
   }
   __device__ __forceinline__ void clear() { lo = hi = make_float4(0, 0, 0, 0); }
   template <int kHalf>
