@@ -17,10 +17,13 @@ constexpr double kDeviceBytesPerCycle = 1700;
 constexpr double kL2BytesPerCycle = 3200;   // to all multiprocessors
 constexpr double kBytesPerCycle = 45;       // into one multiprocessor
 constexpr double kFillBytesPerCycle = 24;   // the same when all of them fetch rows
-constexpr double kQuantizeCycles = 0.08;    // a value: ten instructions
+constexpr double kQuantizeCycles = 0.075;   // a value: nine instructions
+constexpr double kBatchCycles = 900;        // of x: Note [Two passes over x] in row_loader.cuh
+constexpr double kMeetCycles = 300;         // of all warps, for the amax of the rows
 constexpr double kStepCycles = 12;          // copying and reading a K-block of 16 columns
 constexpr double kProductCycles = 8;        // its products with 16 rows
-constexpr double kTileCycles = 700;         // meeting of the K-warps, epilogue
+constexpr double kTileCycles = 400;         // epilogue, one thread's way through it
+constexpr double kWarpCycles = 25;          // starting a block and meeting, a warp
 constexpr double kStoreBytesPerCycle = 18;  // as for the GEMM tiles
 constexpr int32_t kReservedBytes = 1024;    // of shared memory, a block
 
@@ -78,13 +81,20 @@ double skinny_cost(const SkinnyProblem& p, const DeviceFacts& device, const Skin
 
   // Rows of x, each block its own.
   const double values = blocks_per_sm * tile_rows * k;
-  const double fill = p.x_bytes > 0 ? values * kQuantizeCycles : values / kFillBytesPerCycle;
+  double fill = values / kFillBytesPerCycle;
+  if (p.x_bytes > 0) {
+    constexpr int64_t kUnit = 512;
+    const auto rows = static_cast<int64_t>(tile_rows);
+    const int64_t in_batch = (p.x_bytes == 4 ? 4 : 8) * tile.warps();
+    const auto batches = static_cast<double>(ceil_div(rows * ceil_div(p.k, kUnit), in_batch));
+    fill = kMeetCycles + std::max(values * kQuantizeCycles, batches * kBatchCycles);
+  }
   const double lasting = std::min(stream, under_way / kDeviceBytesPerCycle);
 
   const double stores =
       share * tile_rows * tile.cols() * static_cast<double>(p.out_bytes) / kStoreBytesPerCycle;
   return kLaunchCycles + kLatencyCycles + std::max(fill, lasting) + (stream - lasting) +
-         kTileCycles + stores;
+         kTileCycles + kWarpCycles * tile.warps() + stores;
 }
 
 std::vector<SkinnyPlan> rank_skinny_plans(const SkinnyProblem& problem, const DeviceFacts& device) {

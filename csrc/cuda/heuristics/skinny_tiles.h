@@ -42,7 +42,7 @@ struct SkinnyTile {
   constexpr int32_t fixed_bytes() const {
     const int32_t sums = warps() * rows * kSumPitch * 4;
     const int32_t factors = ((rows + 2 * cols()) * 4 + 127) / 128 * 128;
-    return (bytes_in_flight() + sums + factors + rows * (16 + 4) + 127) / 128 * 128;
+    return (bytes_in_flight() + sums + factors + rows * (12 + 4) + 127) / 128 * 128;
   }
   // Of a problem of m rows: rows that are not there take no memory.
   constexpr int64_t shared_bytes(int64_t m, int64_t k) const {
@@ -56,7 +56,7 @@ inline constexpr SkinnyTile kSkinnyTiles[] = {
     {8, 1, 8, 8, 2},   // long K
     {8, 2, 8, 8, 1},   // long K and many columns: x is quantized once a multiprocessor
     {16, 2, 8, 8, 1},  // 9..16 rows
-    {32, 1, 8, 8, 1},  // 17 rows and more
+    {32, 2, 8, 3, 1},  // 17 rows and more: three steps leave room for 32 rows of 4096
     {32, 8, 2, 4, 1},  // the same for short K: all weights under way at once
 };
 inline constexpr size_t kNumSkinnyTiles = sizeof(kSkinnyTiles) / sizeof(kSkinnyTiles[0]);

@@ -46,7 +46,7 @@ class RowLoader {
     __syncthreads();
     if (threadIdx.x < rows_) {
       const RowScale s = RowScale::from_amax(__uint_as_float(shared_.amax[threadIdx.x]));
-      shared_.scales[threadIdx.x] = s;
+      shared_.divisions[threadIdx.x] = RowDivision::by(s);
       shared_.factors.a_scale[threadIdx.x] = s.stored;
     }
     __syncthreads();
@@ -59,7 +59,7 @@ class RowLoader {
   }
 
  private:
-  static constexpr int kBatch = sizeof(T) == 4 ? 2 : 4;  // 32 registers
+  static constexpr int kBatch = sizeof(T) == 4 ? 4 : 8;  // 64 registers
   static constexpr int kBatchUnits = kBatch * kTile.warps();
   static constexpr int kChunks = kUnit / (32 * kChunk);  // a lane and unit
 
@@ -83,10 +83,11 @@ class RowLoader {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const Place at = place(batch, i);
+      if (!at.in_range) return;  // the same for the whole warp, and for the units after it
       const T* const from = x_ + at.row * args_.k + at.col;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        if (at.in_range && at.col + c * 32 * kChunk < args_.k) {
+        if (at.col + c * 32 * kChunk < args_.k) {
           chunks_[i][c].load_cached(from + c * 32 * kChunk);
         } else {
           chunks_[i][c].clear();
@@ -99,7 +100,7 @@ class RowLoader {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const Place at = place(batch, i);
-      if (!at.in_range) return;  // the same for the whole warp, and for the units after it
+      if (!at.in_range) return;
       float amax = chunks_[i][0].amax();
 #pragma unroll
       for (int c = 1; c < kChunks; ++c) amax = ptx::max_nan_f32(amax, chunks_[i][c].amax());
@@ -113,12 +114,14 @@ class RowLoader {
     for (int i = 0; i < kBatch; ++i) {
       const Place at = place(batch, i);
       if (!at.in_range) return;
-      const RowScale s = shared_.scales[at.row];
+      const RowDivision d = shared_.divisions[at.row];
+      const bool finite = __uint_as_float(shared_.amax[at.row]) <= 3.402823466e38F;
       uint8_t* const to = q_ + at.row * args_.row_stride + at.col;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         if (at.col + c * 32 * kChunk >= args_.k) continue;
-        *reinterpret_cast<uint2*>(to + c * 32 * kChunk) = quantize_chunk(chunks_[i][c], s);
+        *reinterpret_cast<uint2*>(to + c * 32 * kChunk) =
+            quantize_chunk_by_division(chunks_[i][c], d, finite);
       }
     }
   }

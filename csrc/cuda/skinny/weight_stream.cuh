@@ -40,8 +40,19 @@ class WeightStream {
         k_blocks_(k_blocks),
         tile_(k_blocks > 0 ? static_cast<int32_t>(blockIdx.x) : args.col_tiles) {
     start_tile();
+    if (k_blocks < kSteps) {
+#pragma unroll 1
+      for (int i = 0; i < kSteps; ++i) copy_next();
+      return;
+    }
+    // The same, all of it in the first tile: offsets are constants then, and the copies start
+    // sooner.
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) copy_next();
+    for (int i = 0; i < kSteps; ++i) {
+      copy(i, i * SkinnyTile::kBlockK);
+      ptx::cp_async_commit_group();
+    }
+    advance(kSteps);
   }
 
   // The next K-block of this warp. Its place is free for another once copy_next() is called.
@@ -57,18 +68,8 @@ class WeightStream {
   // A group is committed even where nothing is left to copy, so that take()'s count holds.
   __device__ __forceinline__ void copy_next() {
     if (tile_ < args_.col_tiles) {
-      const uint32_t to = ptx::shared_address(ring_ + slot_ * SkinnyTile::kStepBytes);
-      // Zeros past the end of a row: x may then hold anything there.
-      const int32_t bytes = k_ < args_.k ? 16 : 0;
-      ptx::cp_async_16_far(to, low_, bytes);
-      ptx::cp_async_16_far(to + SkinnyTile::kStepBytes / 2, high_, bytes);
-      low_ += SkinnyTile::kBlockK;
-      high_ += SkinnyTile::kBlockK;
-      k_ += SkinnyTile::kBlockK;
-      if (--left_ == 0) {
-        tile_ += static_cast<int32_t>(gridDim.x);
-        start_tile();
-      }
+      copy(slot_, 0);
+      advance(1);
     }
     ptx::cp_async_commit_group();
     slot_ = slot_ + 1 == kSteps ? 0 : slot_ + 1;
@@ -83,6 +84,24 @@ class WeightStream {
     high_ = args_.w + static_cast<int64_t>(min(col + 8, last)) * args_.k + k_first_;
     k_ = k_first_;
     left_ = k_blocks_;
+  }
+
+  // The K-block `offset` bytes further on. Zeros past the end of a row: x may hold anything there.
+  __device__ __forceinline__ void copy(int slot, int offset) {
+    const uint32_t to = ptx::shared_address(ring_ + slot * SkinnyTile::kStepBytes);
+    const int32_t bytes = k_ + offset < args_.k ? 16 : 0;
+    ptx::cp_async_16_far(to, low_ + offset, bytes);
+    ptx::cp_async_16_far(to + SkinnyTile::kStepBytes / 2, high_ + offset, bytes);
+  }
+  __device__ __forceinline__ void advance(int blocks) {
+    low_ += blocks * SkinnyTile::kBlockK;
+    high_ += blocks * SkinnyTile::kBlockK;
+    k_ += blocks * SkinnyTile::kBlockK;
+    left_ -= blocks;
+    if (left_ == 0) {
+      tile_ += static_cast<int32_t>(gridDim.x);
+      start_tile();
+    }
   }
 
   const SkinnyArgs& args_;
