@@ -31,17 +31,17 @@ class RowLoader {
         units_(rows * args.units) {
     load(0);
     if (threadIdx.x < kTile.rows) shared_.amax[threadIdx.x] = 0;
-    __syncthreads();
   }
 
   // All threads of the block. The rows and their scales are there when this returns.
   template <int /*kLater*/>
   __device__ __forceinline__ void finish(const float* /*a_scale*/) {
+    __syncthreads();  // amax is set
     int32_t batch = 0;
-    reduce(0);
-    while ((batch + 1) * kBatchUnits < units_) {
-      load(++batch);
+    while (true) {
       reduce(batch);
+      if ((batch + 1) * kBatchUnits >= units_) break;
+      load(++batch);
     }
     __syncthreads();
     if (threadIdx.x < rows_) {
@@ -50,10 +50,10 @@ class RowLoader {
       shared_.factors.a_scale[threadIdx.x] = s.stored;
     }
     __syncthreads();
-    store(batch);
-    while (batch > 0) {
-      load(--batch);
+    while (true) {
       store(batch);
+      if (batch == 0) break;
+      load(--batch);
     }
     __syncthreads();
   }

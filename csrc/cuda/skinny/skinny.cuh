@@ -27,9 +27,9 @@ namespace int8_ops::cuda::skinny {
 // w_scale and bias of a thread's column, asked for early, looked at late.
 class ColumnFactors {
  public:
-  __device__ __forceinline__ void load(const ScaleEpilogue& e, int32_t col) {
+  __device__ __forceinline__ void load(const ScaleEpilogue& e, uint32_t col) {
     w_scale_ = bias_ = 0;
-    if (col >= e.n || e.out_dtype == DType::kInt32) return;
+    if (col >= static_cast<uint32_t>(e.n) || e.out_dtype == DType::kInt32) return;
     w_scale_ = ptx::ld_global_nc_32(e.w_scale + col);
     if (e.bias == nullptr) return;
     bias_ = e.bias_dtype == DType::kFloat32
@@ -103,28 +103,29 @@ struct SkinnyKernel {
   }
 
   // Eight neighbouring columns of a row a thread, summed over the K-warps.
-  template <DType kOut, bool kVector>
   static __device__ __forceinline__ void store(const ScaleEpilogue& epilogue, const Shared& shared,
                                                int32_t m_first, int32_t n_first, int32_t rows) {
-    constexpr int kOctets = kTile.cols() / 8;  // a row
-    for (int i = threadIdx.x; i < rows * kOctets; i += kThreads) {
-      const int row = i / kOctets;
-      const int octet = i % kOctets;
-      int32_t acc[8] = {};
+    constexpr unsigned kOctets = kTile.cols() / 8;  // a row
+    static_assert(kTile.rows * kOctets <= kThreads, "one each is enough");
+    const int row = static_cast<int>(threadIdx.x / kOctets);
+    const int octet = static_cast<int>(threadIdx.x % kOctets);
+    if (row >= rows) return;
+    int32_t acc[8] = {};
 #pragma unroll
-      for (int k = 0; k < kTile.warps_k; ++k) {
-        const auto* const from =
-            reinterpret_cast<const int4*>(&shared.sums[octet / 2][k][row][octet % 2 * 8]);
-        const int4 lo = from[0];
-        const int4 hi = from[1];
-        const int32_t part[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    for (int k = 0; k < kTile.warps_k; ++k) {
+      const auto* const from =
+          reinterpret_cast<const int4*>(&shared.sums[octet / 2][k][row][octet % 2 * 8]);
+      const int4 lo = from[0];
+      const int4 hi = from[1];
+      const int32_t part[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
 #pragma unroll
-        for (int e = 0; e < 8; ++e) acc[e] += part[e];
-      }
-      epilogue.store_x8<kOut, kVector>(m_first + row, n_first + octet * 8, acc,
-                                       shared.factors.a_scale[row],
-                                       shared.factors.columns(octet * 8));
+      for (int e = 0; e < 8; ++e) acc[e] += part[e];
     }
+    const float a_scale = shared.factors.a_scale[row];
+    const auto columns = shared.factors.columns(octet * 8);
+    epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
+      epilogue.store_x8<kOut, kVector>(m_first + row, n_first + octet * 8, acc, a_scale, columns);
+    });
   }
 
   static __device__ __forceinline__ void run(const SkinnyArgs& args) {
@@ -146,6 +147,9 @@ struct SkinnyKernel {
     // x first: its way is the longer one, and behind the weights it would wait for all of them.
     RowLoader<kTile, T> loader(args, shared, q, m_first, rows);
     Stream stream(args, shared.ring[thread / 32], warp_n * 16, k_begin, k_blocks, lane);
+    int32_t tile = static_cast<int32_t>(blockIdx.x);
+    ColumnFactors factors;
+    if (thread < kTile.cols()) factors.load(args.epilogue, tile * kTile.cols() + thread);
     loader.template finish<kSteps>(args.epilogue.a_scale);
 
     // Rows that are not there repeat the last one; their sums are not stored.
@@ -159,12 +163,10 @@ struct SkinnyKernel {
       }
     }
 
-    int32_t tile = static_cast<int32_t>(blockIdx.x);
     while (true) {
       const int32_t n_first = tile * kTile.cols();
-      ColumnFactors factors;
-      if (thread < kTile.cols()) factors.load(args.epilogue, n_first + static_cast<int>(thread));
-
+      const int32_t next_tile = tile + static_cast<int32_t>(gridDim.x);
+      const bool last = next_tile >= args.col_tiles;
       Sums sums = {};
       const uint8_t* x = q + k_begin;
       for (int32_t block = 0; block < k_blocks; ++block, x += kBlockK) {
@@ -178,14 +180,11 @@ struct SkinnyKernel {
       if (thread < kTile.cols()) {
         shared.factors.w_scale[thread] = factors.w_scale();
         shared.factors.bias[thread] = factors.bias(args.epilogue);
+        if (!last) factors.load(args.epilogue, next_tile * kTile.cols() + thread);
       }
       __syncthreads();
-      const int32_t next_tile = tile + static_cast<int32_t>(gridDim.x);
-      const bool last = next_tile >= args.col_tiles;
       if (last) ptx::grid_dependency_trigger();
-      args.epilogue.with_out_dtype([&]<DType kOut, bool kVector>() {
-        store<kOut, kVector>(args.epilogue, shared, m_first, n_first, rows);
-      });
+      store(args.epilogue, shared, m_first, n_first, rows);
       if (last) return;
       tile = next_tile;
     }
