@@ -1,5 +1,5 @@
 // The tiles of the path for few rows: a list that the heuristics choose from and that the kernel is
-// instantiated for (skinny/instantiations). Host and device.
+// instantiated for (skinny/skinny.cu). Host and device.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// Picks the instantiation of a tile and of x's dtype, and the grid.
+// Picks the instantiation of a tile and of x's dtype, and the grid. All are compiled here: it takes
+// seconds.
 #include <algorithm>
 #include <array>
 #include <iterator>
@@ -8,20 +9,6 @@
 #include "skinny.h"
 
 namespace int8_ops::cuda::skinny {
-
-// Instantiated one a file in instantiations/; a tile with its line here but without its file
-// is a link error.
-#define INT8_OPS_EXTERN_TILE(i)                                                           \
-  extern template void launch_tile<i>(const SkinnyArgs&, bool, DType, const LaunchShape&, \
-                                      const ExecContext&)
-INT8_OPS_EXTERN_TILE(0);
-INT8_OPS_EXTERN_TILE(1);
-INT8_OPS_EXTERN_TILE(2);
-INT8_OPS_EXTERN_TILE(3);
-INT8_OPS_EXTERN_TILE(4);
-INT8_OPS_EXTERN_TILE(5);
-#undef INT8_OPS_EXTERN_TILE
-
 namespace {
 
 using Launcher = void (*)(const SkinnyArgs&, bool, DType, const LaunchShape&, const ExecContext&);
