@@ -29,6 +29,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// The same for data of which neighbours follow: L2 fetches 256 bytes.
+__device__ __forceinline__ void cp_async_16_far(uint32_t shared, const void* global,
+                                                int32_t source_bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(shared),
+               "l"(global), "r"(source_bytes)
+               : "memory");
+}
+
 // Copies 4 bytes.
 // PTX ISA: cp.async.ca.shared.global.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global) {

@@ -1,0 +1,21 @@
+// Loads from global memory that are not put off until their value is needed.
+// PTX ISA, "Data Movement and Conversion Instructions: ld.global.nc".
+#pragma once
+
+#include <cstdint>
+
+namespace int8_ops::ptx {
+
+// PTX ISA: ld.global.nc.
+__device__ __forceinline__ uint32_t ld_global_nc_32(const void* from) {
+  uint32_t d;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(d) : "l"(from));
+  return d;
+}
+__device__ __forceinline__ uint32_t ld_global_nc_16(const void* from) {
+  uint16_t d;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(d) : "l"(from));
+  return d;
+}
+
+}  // namespace int8_ops::ptx
