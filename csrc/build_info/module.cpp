@@ -50,10 +50,10 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
 }
 
 PyObject* plan_to_dict(const int8_ops::cuda::GemmPlan& plan) {
-  return Py_BuildValue("{s:s,s:i,s:i,s:d,s:s}", "path",
+  return Py_BuildValue("{s:s,s:i,s:i,s:O,s:d,s:s}", "path",
                        int8_ops::cuda::kGemmPathNames[static_cast<int>(plan.path)], "tile",
-                       plan.tile, "splits", plan.splits, "cost", plan.cost, "text",
-                       int8_ops::cuda::describe(plan).c_str());
+                       plan.tile, "splits", plan.splits, "pass", plan.pass ? Py_True : Py_False,
+                       "cost", plan.cost, "text", int8_ops::cuda::describe(plan).c_str());
 }
 
 // The plans for a problem on a device, cheapest first.

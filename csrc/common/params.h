@@ -71,6 +71,7 @@ struct MatmulParams {
   int32_t plan_path = -1;
   int32_t plan_tile = -1;
   int32_t plan_splits = 0;
+  bool plan_pass = false;
   ExecContext ctx;
 };
 

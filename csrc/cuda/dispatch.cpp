@@ -14,6 +14,7 @@
 #include "arch_list.h"
 #include "heuristics/gemm_heuristics.h"
 #include "quantize/quantize.h"
+#include "skinny/skinny.h"
 #include "sm80/gemm.h"
 #include "sm90/gemm.h"
 
@@ -55,14 +56,17 @@ const Device& device_of(const ExecContext& ctx) {
 }
 
 GemmProblem problem_of(const MatmulParams& p) {
-  const bool wide = p.n % 8 == 0 && is_aligned(p.out, 16) && is_aligned(p.w_scale, 16) &&
-                    is_aligned(p.bias, 16) && is_aligned(p.x, 16);
+  const void* const rows = p.x != nullptr ? p.x : p.a;
+  const bool aligned = p.k % 16 == 0 && is_aligned(rows, 16) && is_aligned(p.w, 16);
+  const bool wide =
+      p.n % 8 == 0 && is_aligned(p.out, 16) && is_aligned(p.w_scale, 16) && is_aligned(p.bias, 16);
   const int64_t x_bytes = p.x != nullptr ? size_of(p.x_dtype) : 0;
-  return {p.m, p.n, p.k, size_of(p.out_dtype), sm80::has_aligned_rows(p), wide, x_bytes};
+  return {p.m, p.n, p.k, size_of(p.out_dtype), aligned, wide, x_bytes};
 }
 
 // For measuring, and for tests that must reach every tile; read at each call, so that one process
-// can try several. INT8_OPS_GEMM_CONFIG="path:tile:splits" forces a plan, INT8_OPS_GEMM_PATH=path
+// can try several. INT8_OPS_GEMM_CONFIG="path:tile:splits" forces a plan (":pass" after it:
+// x is quantized in a pass before), INT8_OPS_GEMM_PATH=path
 // leaves the choice to the heuristics but for the path.
 int32_t path_named(const std::string& name, const char* variable) {
   std::string known;
@@ -87,17 +91,20 @@ bool forced_plan(GemmPlan& plan) {
   int tile = -1;
   int splits = 0;
   int read = 0;
-  if (colon == nullptr || std::sscanf(colon, ":%d:%d%n", &tile, &splits, &read) != 2 ||
-      colon[read] != '\0' || splits < 1) {
+  const bool numbers =
+      colon != nullptr && std::sscanf(colon, ":%d:%d%n", &tile, &splits, &read) == 2 && splits > 0;
+  const std::string rest = numbers ? colon + read : "";
+  if (!numbers || (!rest.empty() && rest != ":pass")) {
     throw std::runtime_error(std::string("int8_ops: ") + kVariable +
-                             " must be \"path:tile:splits\", got \"" + text + "\"");
+                             " must be \"path:tile:splits\" or \"path:tile:splits:pass\", got \"" +
+                             text + "\"");
   }
   const auto path = static_cast<GemmPath>(path_named(std::string(text, colon), kVariable));
   if (tile < 0 || tile >= num_tiles(path)) {
     throw std::runtime_error(std::string("int8_ops: ") + kVariable + " must name a tile of 0.." +
                              std::to_string(num_tiles(path) - 1) + ", got \"" + text + "\"");
   }
-  plan = {path, tile, splits, 0.0};
+  plan = {path, tile, splits, rest == ":pass", 0.0};
   return true;
 }
 
@@ -113,6 +120,8 @@ GemmPlan plan_for(const MatmulParams& p) {
                                ", K = " + std::to_string(p.k) + ", but " + why);
     }
     while (!is_useful_split(forced, problem)) --forced.splits;
+    if (problem.x_bytes == 0) forced.pass = false;
+    if (problem.x_bytes > 0 && forced.path == GemmPath::kSm80) forced.pass = true;
     return forced;
   }
   if (const char* name = setting("INT8_OPS_GEMM_PATH")) {
@@ -153,12 +162,16 @@ int64_t matmul_workspace_bytes(MatmulParams& p) {
   p.plan_path = static_cast<int32_t>(plan.path);
   p.plan_tile = plan.tile;
   p.plan_splits = plan.splits;
-  const bool pass = p.x != nullptr && !quantizes_inside(plan, problem);
-  return gemm_workspace_bytes(problem, plan) + (pass ? quantized_rows_bytes(p) : 0);
+  p.plan_pass = plan.pass;
+  if (plan.path == GemmPath::kStream && p.x != nullptr && !plan.pass) {
+    return sm90::stream_workspace_bytes(p);
+  }
+  return gemm_workspace_bytes(problem, plan) + (plan.pass ? quantized_rows_bytes(p) : 0);
 }
 
 void matmul(MatmulParams& p) {
-  const GemmPlan plan = {static_cast<GemmPath>(p.plan_path), p.plan_tile, p.plan_splits, 0.0};
+  const GemmPlan plan = {static_cast<GemmPath>(p.plan_path), p.plan_tile, p.plan_splits,
+                         p.plan_pass, 0.0};
   const DeviceFacts& device = device_of(p.ctx).facts;
   static const bool print = [] {
     const char* wish = std::getenv("INT8_OPS_PRINT_CONFIG");
@@ -168,12 +181,12 @@ void matmul(MatmulParams& p) {
     std::fprintf(stderr, "int8_ops: gemm m %lld n %lld k %lld: %s\n", static_cast<long long>(p.m),
                  static_cast<long long>(p.n), static_cast<long long>(p.k), describe(plan).c_str());
   }
-  if (p.x != nullptr && !quantizes_inside(plan, problem_of(p))) {
-    quantize_rows(place_quantized_rows(p));
-  }
+  if (plan.pass) quantize_rows(place_quantized_rows(p));
   switch (plan.path) {
     case GemmPath::kSm80:
       return sm80::gemm(p, plan, device.sm_count);
+    case GemmPath::kSkinny:
+      return skinny::matmul(p, plan.tile, device);
     case GemmPath::kResident:
       return sm90::resident(p, plan.tile, plan.splits, device);
     case GemmPath::kStream:

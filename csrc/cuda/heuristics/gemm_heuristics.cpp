@@ -6,6 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "skinny_cost.h"
+
 namespace int8_ops::cuda {
 namespace {
 
@@ -68,8 +70,8 @@ double sm80_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
 // epilogue; before them the rows of x.
 double resident_cost(const GemmProblem& p, const DeviceFacts& device, const ResidentTile& tile,
                      int32_t parts) {
-  const int64_t works = ceil_div(p.m, ResidentTile::kBlockM * tile.cluster) * parts;
-  const auto turns = static_cast<double>(ceil_div(works, device.sm_count / tile.cluster));
+  const int64_t works = ceil_div(p.m, ResidentTile::kBlockM) * parts;
+  const auto turns = static_cast<double>(ceil_div(works, device.sm_count));
   const auto n_tiles = static_cast<double>(ceil_div(ceil_div(p.n, tile.block_n), parts));
   const auto k_blocks = static_cast<double>(ceil_div(p.k, ResidentTile::kBlockK));
   const double products = k_blocks * tile.block_n * 4 / 0.8;
@@ -125,6 +127,7 @@ bool is_useful_split(const GemmPlan& plan, const GemmProblem& problem) {
       return !has_empty_split(plan.geometry(), problem.k, plan.splits);
     case GemmPath::kResident:
       return plan.splits <= ceil_div(problem.n, kResidentTiles[plan.tile].block_n);
+    case GemmPath::kSkinny:
     case GemmPath::kStream:
       return plan.splits == 1;
   }
@@ -140,6 +143,8 @@ int32_t num_tiles(GemmPath path) {
   switch (path) {
     case GemmPath::kSm80:
       return static_cast<int32_t>(kNumGemmTiles);
+    case GemmPath::kSkinny:
+      return static_cast<int32_t>(kNumSkinnyTiles);
     case GemmPath::kResident:
       return static_cast<int32_t>(kNumResidentTiles);
     case GemmPath::kStream:
@@ -158,6 +163,14 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
     if (needed > device.shared_bytes_per_block) return "it needs more shared memory";
     return "";
   }
+  if (path == GemmPath::kSkinny) {
+    if (!problem.aligned) return "it takes no rows that start unaligned";
+    if (problem.m > kMaxSkinnyRows) return "it takes M up to " + std::to_string(kMaxSkinnyRows);
+    if (!skinny_fits(kSkinnyTiles[tile], problem.m, problem.k, device)) {
+      return "it needs more shared memory";
+    }
+    return "";
+  }
   if (!device.sm90) return "it needs a device of capability 9.0 and a build for 9.0a";
   if (!problem.aligned) return "it takes no rows that start unaligned";
   if (!problem.wide) return "it takes N in multiples of 8, and 16-byte aligned tensors";
@@ -170,35 +183,45 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
   return "";
 }
 
-bool quantizes_inside(const GemmPlan& plan, const GemmProblem& problem) {
-  return problem.x_bytes > 0 && plan.path == GemmPath::kResident;
-}
-
 std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFacts& device) {
   std::vector<GemmPlan> plans;
+  const bool quantizes = problem.x_bytes > 0;
   const double before = quantize_cost(problem);
+  GemmProblem given = problem;  // what a plan with a pass before it sees
+  given.x_bytes = 0;
+  const auto add = [&](GemmPath path, int32_t tile, int32_t splits, bool pass, double cost) {
+    plans.push_back({path, tile, splits, pass, cost + (pass ? before : 0.0)});
+  };
   for (int32_t t = 0; t < num_tiles(GemmPath::kSm80); ++t) {
     const GemmTile& tile = kGemmTiles[t];
     if (!why_not_served(GemmPath::kSm80, t, problem, device).empty()) continue;
     if (!suits_rows(tile, problem.m)) continue;
     for (const int32_t splits : kSplitCandidates) {
       if (has_empty_split(tile, problem.k, splits)) break;
-      plans.push_back(
-          {GemmPath::kSm80, t, splits, before + sm80_cost(problem, device, tile, splits)});
+      add(GemmPath::kSm80, t, splits, quantizes, sm80_cost(given, device, tile, splits));
     }
   }
+  for (int32_t t = 0; t < num_tiles(GemmPath::kSkinny); ++t) {
+    if (!why_not_served(GemmPath::kSkinny, t, problem, device).empty()) continue;
+    const auto cost = [&](const GemmProblem& p) {
+      return skinny_cost({p.m, p.n, p.k, p.out_bytes, p.x_bytes}, device, kSkinnyTiles[t]);
+    };
+    add(GemmPath::kSkinny, t, 1, false, cost(problem));
+    if (quantizes) add(GemmPath::kSkinny, t, 1, true, cost(given));
+  }
   for (int32_t t = 0; t < num_tiles(GemmPath::kResident); ++t) {
+    const ResidentTile& tile = kResidentTiles[t];
     if (!why_not_served(GemmPath::kResident, t, problem, device).empty()) continue;
     for (const int32_t parts : kSplitCandidates) {
-      if (parts > ceil_div(problem.n, kResidentTiles[t].block_n)) break;
-      plans.push_back({GemmPath::kResident, t, parts,
-                       resident_cost(problem, device, kResidentTiles[t], parts)});
+      if (parts > ceil_div(problem.n, tile.block_n)) break;
+      add(GemmPath::kResident, t, parts, false, resident_cost(problem, device, tile, parts));
     }
   }
   for (int32_t t = 0; t < num_tiles(GemmPath::kStream); ++t) {
+    const StreamTile& tile = kStreamTiles[t];
     if (!why_not_served(GemmPath::kStream, t, problem, device).empty()) continue;
-    plans.push_back(
-        {GemmPath::kStream, t, 1, before + stream_cost(problem, device, kStreamTiles[t])});
+    add(GemmPath::kStream, t, 1, false, stream_cost(problem, device, tile));
+    if (quantizes) add(GemmPath::kStream, t, 1, true, stream_cost(given, device, tile));
   }
   if (plans.empty()) {
     throw std::runtime_error("int8_ops: no GEMM tile fits the " +
@@ -222,15 +245,20 @@ std::string describe(const GemmPlan& plan) {
     out << tile.block_m << 'x' << tile.block_n << 'x' << tile.block_k() << " warps " << tile.warps_m
         << 'x' << tile.warps_n << 'x' << tile.warps_k << " stages " << tile.stages << " split "
         << plan.splits;
+  } else if (plan.path == GemmPath::kSkinny) {
+    const SkinnyTile& tile = kSkinnyTiles[plan.tile];
+    out << tile.rows << 'x' << tile.cols() << " warps " << tile.warps_n << 'x' << tile.warps_k
+        << " steps " << tile.steps;
   } else if (plan.path == GemmPath::kResident) {
     const ResidentTile& tile = kResidentTiles[plan.tile];
-    out << ResidentTile::kBlockM << 'x' << tile.block_n << " cluster " << tile.cluster << " parts "
-        << plan.splits;
+    out << ResidentTile::kBlockM << 'x' << tile.block_n << " staged " << tile.staged_cols
+        << " parts " << plan.splits;
   } else {
     const StreamTile& tile = kStreamTiles[plan.tile];
     out << StreamTile::kBlockM << 'x' << tile.block_n << 'x' << StreamTile::kBlockK << " cluster "
         << tile.cluster_m << 'x' << tile.cluster_n;
   }
+  if (plan.pass) out << " after quantize";
   return out.str();
 }
 

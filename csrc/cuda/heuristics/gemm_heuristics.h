@@ -16,8 +16,8 @@ struct GemmProblem {
   int64_t n;
   int64_t k;
   int64_t out_bytes;  // of one element of the output
-  bool aligned;       // every row of both operands starts 16-byte aligned
-  bool wide;          // n is a multiple of 8, and out, x, scales and bias start 16-byte aligned
+  bool aligned;       // every row of w and of a, or x, starts 16-byte aligned
+  bool wide;          // n is a multiple of 8, and out, scales and bias start 16-byte aligned
   int64_t x_bytes;    // of one element of x, which is to be quantized; 0 where a is given
 
   bool operator==(const GemmProblem&) const = default;
@@ -31,14 +31,16 @@ struct DeviceFacts {
 };
 
 // Whose kernels a plan names.
-enum class GemmPath : int32_t { kSm80, kResident, kStream };
-inline constexpr const char* kGemmPathNames[] = {"sm80", "resident", "stream"};
-inline constexpr int32_t kNumGemmPaths = 3;
+enum class GemmPath : int32_t { kSm80, kSkinny, kResident, kStream };
+inline constexpr const char* kGemmPathNames[] = {"sm80", "skinny", "resident", "stream"};
+inline constexpr int32_t kNumGemmPaths = 4;
 
 struct GemmPlan {
   GemmPath path;
-  int32_t tile;    // index into kGemmTiles, kResidentTiles or kStreamTiles
+  int32_t
+      tile;  // index into the path's tiles: kGemmTiles, kSkinnyTiles, kResidentTiles, kStreamTiles
   int32_t splits;  // sm80: along K, each with sums of its own; resident: parts of the columns
+  bool pass;       // x is quantized in a pass before; else inside the kernel, or there is none
   double cost;     // predicted multiprocessor cycles, for comparison only
 
   const GemmTile& geometry() const { return kGemmTiles[tile]; }
@@ -50,9 +52,6 @@ int32_t num_tiles(GemmPath path);
 // Why a path can't take a problem on a device; empty where it can.
 std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& problem,
                            const DeviceFacts& device);
-
-// Whether a plan quantizes x inside its kernel. Elsewhere a pass of its own goes before.
-bool quantizes_inside(const GemmPlan& plan, const GemmProblem& problem);
 
 // K-blocks that each split gets, and the splits that are then not empty.
 int64_t k_blocks_per_split(const GemmTile& tile, int64_t k, int32_t splits);

@@ -1,7 +1,6 @@
 #include "skinny_cost.h"
 
 #include <algorithm>
-#include <sstream>
 
 namespace int8_ops::cuda {
 namespace {
@@ -95,27 +94,6 @@ double skinny_cost(const SkinnyProblem& p, const DeviceFacts& device, const Skin
       share * tile_rows * tile.cols() * static_cast<double>(p.out_bytes) / kStoreBytesPerCycle;
   return kLaunchCycles + kLatencyCycles + std::max(fill, lasting) + (stream - lasting) +
          kTileCycles + kWarpCycles * tile.warps() + stores;
-}
-
-std::vector<SkinnyPlan> rank_skinny_plans(const SkinnyProblem& problem, const DeviceFacts& device) {
-  std::vector<SkinnyPlan> plans;
-  if (problem.m > kMaxSkinnyRows) return plans;
-  for (int32_t t = 0; t < static_cast<int32_t>(kNumSkinnyTiles); ++t) {
-    const SkinnyTile& tile = kSkinnyTiles[t];
-    if (!skinny_fits(tile, problem.m, problem.k, device)) continue;
-    plans.push_back({t, skinny_cost(problem, device, tile)});
-  }
-  std::stable_sort(plans.begin(), plans.end(),
-                   [](const SkinnyPlan& a, const SkinnyPlan& b) { return a.cost < b.cost; });
-  return plans;
-}
-
-std::string describe(const SkinnyPlan& plan) {
-  const SkinnyTile& tile = plan.geometry();
-  std::ostringstream out;
-  out << "skinny " << tile.rows << 'x' << tile.cols() << " warps " << tile.warps_n << 'x'
-      << tile.warps_k << " steps " << tile.steps;
-  return out.str();
 }
 
 }  // namespace int8_ops::cuda

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "gemm_heuristics.h"
 #include "skinny_tiles.h"
@@ -24,13 +22,6 @@ struct SkinnyProblem {
   bool operator==(const SkinnyProblem&) const = default;
 };
 
-struct SkinnyPlan {
-  int32_t tile;  // index into kSkinnyTiles
-  double cost;   // predicted multiprocessor cycles: Note [Cost model] in gemm_heuristics.cpp
-
-  const SkinnyTile& geometry() const { return kSkinnyTiles[tile]; }
-};
-
 // Blocks of a launch: columns of tiles that run at once, times rows of tiles.
 struct SkinnyGrid {
   int32_t cols;
@@ -46,11 +37,5 @@ SkinnyGrid skinny_grid(const SkinnyTile& tile, int64_t m, int64_t n, int64_t k,
 
 // Comparable with a GemmPlan's cost. The tile fits.
 double skinny_cost(const SkinnyProblem& problem, const DeviceFacts& device, const SkinnyTile& tile);
-
-// Every tile that fits, cheapest first; empty where none does, or m is beyond kMaxSkinnyRows.
-std::vector<SkinnyPlan> rank_skinny_plans(const SkinnyProblem& problem, const DeviceFacts& device);
-
-// "skinny 8x32 warps 2x8 steps 8", as INT8_OPS_PRINT_CONFIG=1 prints it.
-std::string describe(const SkinnyPlan& plan);
 
 }  // namespace int8_ops::cuda

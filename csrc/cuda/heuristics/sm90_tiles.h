@@ -10,6 +10,9 @@ namespace int8_ops::cuda {
 // Stages below which the copy engine can't keep ahead.
 inline constexpr int32_t kWantedStages = 8;
 
+// Counters of rows that are quantized beside the products: one for so many.
+inline constexpr int64_t kSm90CountedRows = 128;
+
 inline constexpr int32_t kSm90MaxStages = 12;
 
 // How a block's shared memory is divided.
@@ -42,9 +45,10 @@ constexpr Sm90Shared divide_shared(int32_t limit_bytes, int32_t fixed_bytes, int
 // once and multiplies them with one tile of columns after the other. For short K.
 struct ResidentTile {
   int32_t block_n;
-  int32_t cluster;  // blocks that share what they load of w; each has rows of its own
-  int32_t
-      staged_cols;  // columns of 16-bit results on their way out at once: fewer leave more stages
+  // Columns of 16-bit results on their way out at once: fewer leave more stages.
+  int32_t staged_cols;
+  // K-blocks of a tile that are started before the tile before it is stored.
+  int32_t ahead;
 
   static constexpr int32_t kBlockM = 128;
   static constexpr int32_t kBlockK = 128;
@@ -52,7 +56,7 @@ struct ResidentTile {
   static constexpr int32_t kThreads = 384;
 
   constexpr int32_t stage_bytes() const { return block_n * kBlockK; }
-  constexpr int32_t slot_bytes() const { return block_n * 8; }
+  constexpr int32_t slot_bytes() const { return block_n * 8 + kBlockM * 4; }
   constexpr int32_t staging_bytes() const { return kBlockM * staged_cols * 2; }
   static constexpr int64_t k_blocks(int64_t k) { return (k + kBlockK - 1) / kBlockK; }
   static constexpr int32_t rows_bytes(int64_t k) {
@@ -65,11 +69,10 @@ struct ResidentTile {
   }
 };
 
+// block_n, staged_cols, ahead
 inline constexpr ResidentTile kResidentTiles[] = {
-    {128, 2, 128},
-    {128, 1, 128},
-    {128, 1, 64},
-    {128, 2, 64},
+    {128, 128, 4},
+    {128, 64, 2},  // for the longest rows, which leave few stages
 };
 // Rows beyond that leave no room for stages.
 inline constexpr int64_t kMaxResidentK = 1024;
@@ -88,7 +91,7 @@ struct StreamTile {
   static constexpr int32_t kThreads = 384;
 
   constexpr int32_t stage_bytes() const { return (kBlockM + block_n) * kBlockK; }
-  constexpr int32_t slot_bytes() const { return block_n * 8; }
+  constexpr int32_t slot_bytes() const { return block_n * 8 + kBlockM * 4; }
   constexpr int32_t staged_cols() const { return block_n < 128 ? block_n : 128; }
   constexpr int32_t staging_bytes() const { return kBlockM * staged_cols() * 2; }
   constexpr Sm90Shared shared(int64_t k, int32_t limit_bytes) const {
@@ -101,7 +104,7 @@ struct StreamTile {
 inline constexpr StreamTile kStreamTiles[] = {
     {256, 2, 1, 4},  // large
     {128, 1, 2, 4},  // fewer tiles
-    {64, 1, 4, 4},   // few rows, long K
+    {64, 2, 1, 4},   // few rows, long K
 };
 inline constexpr size_t kNumStreamTiles = sizeof(kStreamTiles) / sizeof(kStreamTiles[0]);
 

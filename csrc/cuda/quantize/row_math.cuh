@@ -106,36 +106,66 @@ struct Chunk<float> {
   }
 };
 
+inline constexpr float kMaxFinite = 3.402823466e38F;
+
+// amax / 127, correctly rounded, without a branch: the quotient by the rounded 1/127, and two steps
+// that add what is missing (see RowDivision below). A small amax is scaled up by a power of two, so
+// that no remainder underflows.
+__device__ __forceinline__ float divide_by_127(float amax) {
+  constexpr float kInverse = 1.0F / static_cast<float>(kQuantMax);
+  const bool small = amax < 0x1p-60F;
+  const float a = small ? amax * 0x1p64F : amax;
+  float t = __fmul_rn(a, kInverse);
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    t = __fmaf_rn(__fmaf_rn(-t, static_cast<float>(kQuantMax), a), kInverse, t);
+  }
+  return small ? t * 0x1p-64F : t;
+}
+
+// The smallest amax whose RN(amax / 127) is a normal number: the float32 below it, by 2^-23.99 of
+// itself, rounds to a subnormal one.
+inline constexpr float kMinUsableAmax = kMinNormalScale * static_cast<float>(kQuantMax);
+
 // How a row is quantized, from its amax (NaN if the row holds one).
 struct RowScale {
   float stored;   // what the caller gets: amax / 127; 1 where that is no normal number, NaN for a
                   // non-finite row
   float divisor;  // amax / 127; unused where the row becomes zeros
-  float inverse;  // 1 / divisor, or 0 where that is no normal number
+  float inverse;  // RN(1 / divisor), or 0 where the row becomes zeros
   bool finite;
 
   static __device__ __forceinline__ RowScale from_amax(float amax) {
+    const bool usable = amax >= kMinUsableAmax;
     RowScale s;
-    s.finite = amax <= 3.402823466e38F;  // false for NaN as well
-    s.divisor = __fdiv_rn(amax, static_cast<float>(kQuantMax));
-    const bool usable = s.divisor >= kMinNormalScale;
+    s.finite = amax <= kMaxFinite;  // false for NaN as well
+    s.divisor = divide_by_127(amax);
     s.inverse = usable ? __frcp_rn(s.divisor) : 0.0F;
-    s.stored = usable ? s.divisor : 1.0F;
-    if (!s.finite) s.stored = __int_as_float(0x7fc00000);
+    s.stored = !s.finite ? __int_as_float(0x7fc00000) : usable ? s.divisor : 1.0F;
     return s;
   }
 };
 
 // Note [Multiply, then repair]
-// rint(RN(x / s)) is wanted. x * y with y = RN(1/s) is cheaper and off by little: relative errors
-// of 2^-24 each for y and for RN(x / s) keep the two within 127.5 * 2 * 2^-24 < 1.6e-5 of each
-// other. So where x * y is further than that from every half-integer both round to the same
-// integer; where it is not (about one value in 17,000), the quotient is made exact.
+// rint(RN(x / s)) is wanted; x * (1/s) is cheaper. Take 1/s from both sides, `up` and `down`, far
+// enough apart for the roundings of up, of down and of x / s itself: then RN(x / s) lies between
+// x * down and x * up, and where these round to one integer so does it. Where they do not (about
+// one value in 25,000), the quotient is made exact.
 //
-// One FMA multiplies and rounds: x * y + 1.5 * 2^23 keeps rint(x * y), ties to even, in its low
-// mantissa bits, as two's complement. A second one gives what was rounded off, to within 2^-25.
-inline constexpr float kSurelyNotHalf = 0.49997F;
+// One FMA multiplies and rounds: x * up + 1.5 * 2^23 has rint(x * up), ties to even, in its low
+// mantissa bits, as two's complement; the product is not rounded before.
 inline constexpr float kRintMagic = 12582912.0F;
+
+struct RowBounds {
+  float up;
+  float down;
+
+  // Of an inverse within 2^-23 of 1/s, relatively: 2^-21 covers that, the rounding of the product
+  // here and that of x / s, 2^-24 each.
+  static __device__ __forceinline__ RowBounds around(float inverse) {
+    return {inverse * (1.0F + 0x1p-21F), inverse * (1.0F - 0x1p-21F)};
+  }
+};
 
 // RN(x / s) for a row's x, in a few FMAs and registers where __fdiv_rn is a subroutine.
 // t = x * RN(1/s) is within 1.5 ulp; a step t += (x - t s) * RN(1/s) brings it within one, and the
@@ -177,39 +207,32 @@ __device__ __forceinline__ uint32_t pack_x4(const uint32_t (&q)[4]) {
 }
 
 // Four values to four bytes. |q| <= 127 needs no clamp: |x| <= amax and s = RN(amax / 127) keep
-// |x / s| below 127.5.
-__device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowScale& s) {
+// |x / s| below 127.5. `doubt` becomes nonzero where the value must be made exact.
+__device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowBounds& bounds,
+                                                uint32_t& doubt) {
   uint32_t q[4];
-  float worst = 0.0F;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float shifted = __fmaf_rn(x[i], s.inverse, kRintMagic);
-    q[i] = __float_as_uint(shifted);
-    const float rounded = __fsub_rn(shifted, kRintMagic);
-    worst = fmaxf(worst, fabsf(__fmaf_rn(x[i], s.inverse, -rounded)));
+    q[i] = __float_as_uint(__fmaf_rn(x[i], bounds.up, kRintMagic));
+    doubt |= q[i] ^ __float_as_uint(__fmaf_rn(x[i], bounds.down, kRintMagic));
   }
-  if (__builtin_expect(worst > kSurelyNotHalf && s.inverse != 0.0F, 0)) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      q[i] = __float_as_uint(__fadd_rn(divide_rn(x[i], s), kRintMagic));
-    }
-  }
-  return s.finite ? pack_x4(q) : 0;
+  return pack_x4(q);
 }
 
 template <typename T>
-__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowScale& s) {
+__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowBounds& bounds,
+                                                uint32_t& doubt) {
   float x[4];
   uint2 q;
   chunk.template to_float<0>(x);
-  q.x = quantize_x4(x, s);
+  q.x = quantize_x4(x, bounds, doubt);
   chunk.template to_float<1>(x);
-  q.y = quantize_x4(x, s);
+  q.y = quantize_x4(x, bounds, doubt);
   return q;
 }
 
-// The same by division alone: twice the work on the FMA units, but no branch and a fifth of the
-// code, for a kernel that quantizes little and is in a hurry to begin.
+// By division alone: twice the work on the FMA units, but no branch and a fifth of the code, for a
+// kernel that quantizes little and is in a hurry to begin.
 template <typename T>
 __device__ __forceinline__ uint2 quantize_chunk_by_division(const Chunk<T>& chunk,
                                                             const RowDivision& d, bool finite) {
@@ -222,6 +245,17 @@ __device__ __forceinline__ uint2 quantize_chunk_by_division(const Chunk<T>& chun
     q[i / 4][i % 4] = __float_as_uint(__fadd_rn(d.quotient(x[i]), kRintMagic));
   }
   return finite ? make_uint2(pack_x4(q[0]), pack_x4(q[1])) : make_uint2(0, 0);
+}
+
+// By multiplication, with the repair: for a kernel that quantizes much.
+template <typename T>
+__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowScale& s) {
+  uint32_t doubt = 0;
+  uint2 q = quantize_chunk(chunk, RowBounds::around(s.inverse), doubt);
+  if (__builtin_expect(doubt != 0, 0)) {
+    q = quantize_chunk_by_division(chunk, RowDivision::by(s), true);
+  }
+  return s.finite ? q : make_uint2(0, 0);
 }
 
 __device__ __forceinline__ int8_t quantize_one(float x, const RowScale& s) {

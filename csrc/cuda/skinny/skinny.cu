@@ -25,18 +25,6 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-SkinnyProblem problem_of(const MatmulParams& p) {
-  return {p.m, p.n, p.k, size_of(p.out_dtype), p.x != nullptr ? size_of(p.x_dtype) : 0};
-}
-
-bool serves(const MatmulParams& p, const DeviceFacts& device) {
-  const void* const rows = p.x != nullptr ? p.x : p.a;
-  if (p.m < 1 || p.m > kMaxSkinnyRows || p.n < 1 || p.k < 1) return false;
-  if (p.k % 16 != 0 || !is_aligned(rows, 16) || !is_aligned(p.w, 16)) return false;
-  return std::any_of(std::begin(kSkinnyTiles), std::end(kSkinnyTiles),
-                     [&](const SkinnyTile& tile) { return skinny_fits(tile, p.m, p.k, device); });
-}
-
 void matmul(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
   const SkinnyTile& tile = kSkinnyTiles[tile_index];
   const SkinnyGrid grid = skinny_grid(tile, p.m, p.n, p.k, device);

@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 constexpr int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
-}  // namespace
-
+// Whether cp.async can move every 16 bytes of every row of a and w.
 bool has_aligned_rows(const MatmulParams& p) {
-  // x stands for rows of a workspace, which starts aligned.
-  return p.k % 16 == 0 && (p.x != nullptr || is_aligned(p.a, 16)) && is_aligned(p.w, 16);
+  return p.k % 16 == 0 && is_aligned(p.a, 16) && is_aligned(p.w, 16);
 }
+
+}  // namespace
 
 void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count) {
   const GemmTile& tile = plan.geometry();

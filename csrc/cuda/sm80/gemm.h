@@ -6,9 +6,6 @@
 
 namespace int8_ops::cuda::sm80 {
 
-// Whether cp.async can move every 16 bytes of every row of a and w.
-bool has_aligned_rows(const MatmulParams& p);
-
 // Launches the planned tile, and the reduction when the plan splits K. p.workspace holds
 // gemm_workspace_bytes(). Runs on the context's stream, on the current device.
 void gemm(const MatmulParams& p, const GemmPlan& plan, int32_t sm_count);

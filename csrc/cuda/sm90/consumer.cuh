@@ -14,9 +14,13 @@
 namespace int8_ops::cuda::sm90 {
 
 // Operands says where a K-block lies: a(k_block, stage) and w(stage), as descriptors.
-template <typename Tile, int kCluster, bool kTwoSets, bool kRawSums, typename Operands>
+// kSets: one or two sets of sums. kAhead: K-blocks of a tile that may be started before the tile
+// before it is stored, at least two; they hold that many stages.
+template <typename Tile, DType kOut, int kCluster, int kSets, int kAhead, typename Operands>
 struct Consumer {
   using Sums = typename Tile::Sums;
+  static_assert(kSets == 1 || kSets == 2);
+  static_assert(kAhead >= 2);
 
   Operands operands;
   const GemmArgs& args;
@@ -32,7 +36,7 @@ struct Consumer {
   __device__ __forceinline__ void run(Next&& next) {
     TilePlace place;
     if (!next(place)) return;
-    if constexpr (kTwoSets) {
+    if constexpr (kSets == 2) {
       TilePlace other;
       Sums even;
       Sums odd;
@@ -47,11 +51,7 @@ struct Consumer {
       Sums sums;
       do {
         multiply(sums, 0);
-        for (int32_t b = 1; b < args.k_blocks; ++b) {
-          multiply(sums, b);
-          ptx::wgmma_wait_group<1>();
-          free_stage();
-        }
+        multiply_rest(sums, [] {});
         finish(sums, place);
       } while (next(place));
     }
@@ -80,22 +80,31 @@ struct Consumer {
   template <bool kFirst>
   __device__ __forceinline__ void step(Sums& now, Sums& before, const TilePlace& before_place) {
     multiply(now, 0);
-    if constexpr (!kFirst) {
+    if constexpr (kFirst) {
+      multiply_rest(now, [] {});
+    } else {
       ptx::wgmma_wait_group<1>();
       ptx::wgmma_touch(before);
       free_stage();
+      multiply_rest(now, [&] { store(before, before_place); });
     }
-    if (args.k_blocks > 1) multiply(now, 1);
-    if constexpr (!kFirst) store(before, before_place);
-    for (int32_t b = 2; b < args.k_blocks; ++b) {
-      ptx::wgmma_wait_group<1>();
+  }
+
+  // All K-blocks but the first; meanwhile() is called when kAhead of them are under way.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void multiply_rest(Sums& sums, Meanwhile&& meanwhile) {
+    const int32_t ahead = min(kAhead, args.k_blocks);
+    int32_t b = 1;
+    for (; b < ahead; ++b) multiply(sums, b);
+    meanwhile();
+    for (; b < args.k_blocks; ++b) {
+      ptx::wgmma_wait_group<kAhead - 1>();
       free_stage();
-      multiply(now, b);
+      multiply(sums, b);
     }
-    if (args.k_blocks > 1) {
-      ptx::wgmma_wait_group<1>();
-      free_stage();
-    }
+    if (ahead == 1) return;
+    ptx::wgmma_wait_group<1>();
+    for (int32_t left = 1; left < ahead; ++left) free_stage();
   }
 
   __device__ __forceinline__ void finish(Sums& last, const TilePlace& place) {
@@ -105,60 +114,61 @@ struct Consumer {
     store(last, place);
   }
 
-  __device__ __forceinline__ void store(const Sums& sums, const TilePlace& place) {
-    const typename Tile::Factors& columns = factors[slot];
+  __device__ __forceinline__ void store(const Sums& sums, TilePlace place) {
+    const typename Tile::Factors& tile_factors = factors[slot];
     if (++slot == args.factor_slots) slot = 0;
-    if (args.epilogue.bias != nullptr) {
-      store_with<true>(sums, columns, place);
-    } else {
-      store_with<false>(sums, columns, place);
+    if constexpr (Operands::kRowFactors) {
+      const int row = place.row_first % (2 * kWarpgroupM) + Tile::row_of_thread();
+      place.row_scale[0] = tile_factors.row_scale[row];
+      place.row_scale[1] = tile_factors.row_scale[row + 8];
     }
-  }
-
-  template <bool kBias>
-  __device__ __forceinline__ void store_with(const Sums& sums,
-                                             const typename Tile::Factors& columns,
-                                             const TilePlace& place) {
-    const ScaleEpilogue& epilogue = args.epilogue;
-    switch (epilogue.out_dtype) {
-      case DType::kInt32:
-        if constexpr (kRawSums && !kBias) {
-          Tile::template store_32bit<DType::kInt32, false>(sums, epilogue, columns, place);
-        }
-        return;
-      case DType::kFloat32:
-        return Tile::template store_32bit<DType::kFloat32, kBias>(sums, epilogue, columns, place);
-      case DType::kFloat16:
-        return Tile::template store_16bit<DType::kFloat16, kBias>(sums, epilogue, columns, place,
-                                                                  &args.out_map, staging);
-      case DType::kBFloat16:
-        return Tile::template store_16bit<DType::kBFloat16, kBias>(sums, epilogue, columns, place,
-                                                                   &args.out_map, staging);
+    if constexpr (size_of(kOut) == 2) {
+      Tile::template store_16bit<kOut>(sums, args.epilogue, tile_factors, place, &args.out_map,
+                                       staging);
+    } else {
+      Tile::template store_32bit<kOut>(sums, args.epilogue, tile_factors, place);
     }
   }
 };
 
-// The factors of a tile's columns come with its last K-block. Bytes that count_factor_bytes()
-// announced, to the same barrier.
-__device__ __forceinline__ uint32_t count_factor_bytes(const ScaleEpilogue& e, int32_t n_first,
-                                                       int32_t block_n) {
-  if (e.out_dtype == DType::kInt32 || n_first >= e.n) return 0;
-  const auto columns = static_cast<uint32_t>(min(block_n, e.n - n_first));
-  const uint32_t bias_size = e.bias_dtype == DType::kFloat32 ? 4 : 2;
-  return columns * 4 + (e.bias != nullptr ? columns * bias_size : 0);
-}
+// The factors of a tile come with its last K-block: bytes that count_factor_bytes() announces, to
+// the same barrier. Those of rows where kRows; m is a multiple of four then, or padded to one.
+template <bool kRows, int kBlockN>
+struct FactorLoader {
+  const GemmArgs& args;
+  int32_t n_first;
+  int32_t row_first;
+  uint32_t columns;
+  uint32_t bias_size;
+  uint32_t rows;
 
-template <int kBlockN>
-__device__ __forceinline__ void load_factors(const ScaleEpilogue& e, int32_t n_first,
-                                             ColumnFactors<kBlockN>* to, uint32_t barrier) {
-  if (e.out_dtype == DType::kInt32 || n_first >= e.n) return;
-  const auto columns = static_cast<uint32_t>(min(kBlockN, e.n - n_first));
-  ptx::bulk_load(ptx::shared_address(to->w_scale), e.w_scale + n_first, columns * 4, barrier);
-  if (e.bias == nullptr) return;
-  const uint32_t size = e.bias_dtype == DType::kFloat32 ? 4 : 2;
-  ptx::bulk_load(ptx::shared_address(to->bias),
-                 static_cast<const uint8_t*>(e.bias) + static_cast<int64_t>(n_first) * size,
-                 columns * size, barrier);
-}
+  __device__ __forceinline__ FactorLoader(const GemmArgs& args_in, int32_t n, int32_t row)
+      : args(args_in), n_first(n), row_first(row) {
+    const ScaleEpilogue& e = args.epilogue;
+    const bool any = e.out_dtype != DType::kInt32 && n < e.n;
+    columns = any ? static_cast<uint32_t>(min(kBlockN, e.n - n)) : 0;
+    bias_size = e.bias == nullptr ? 0 : e.bias_dtype == DType::kFloat32 ? 4 : 2;
+    rows = 0;
+    if (kRows && row < args.m) {
+      rows = static_cast<uint32_t>(min(2 * kWarpgroupM, (args.m - row + 3) / 4 * 4));
+    }
+  }
+  __device__ __forceinline__ uint32_t bytes() const { return columns * (4 + bias_size) + rows * 4; }
+  __device__ __forceinline__ void load(TileFactors<kBlockN>& to, uint32_t barrier) const {
+    const ScaleEpilogue& e = args.epilogue;
+    if (columns > 0) {
+      ptx::bulk_load(ptx::shared_address(to.w_scale), e.w_scale + n_first, columns * 4, barrier);
+      if (bias_size > 0) {
+        ptx::bulk_load(ptx::shared_address(to.bias),
+                       static_cast<const uint8_t*>(e.bias) + int64_t{n_first} * bias_size,
+                       columns * bias_size, barrier);
+      }
+    }
+    if (rows > 0) {
+      ptx::bulk_load(ptx::shared_address(to.row_scale), args.row_scales + row_first, rows * 4,
+                     barrier);
+    }
+  }
+};
 
 }  // namespace int8_ops::cuda::sm90

@@ -3,6 +3,8 @@
 #include <array>
 #include <utility>
 
+#include "../../common/quantized_rows.h"
+#include "../ptx/grid_dependency.cuh"
 #include "gemm.h"
 #include "launchers.cuh"
 #include "tensor_map.h"
@@ -20,14 +22,26 @@ constexpr std::array<ResidentLauncher, 4 * sizeof...(kTile)> resident_launchers(
           launch_resident<kTile, Source::kFloat32>...};
 }
 template <int... kTile>
-constexpr std::array<StreamLauncher, sizeof...(kTile)> stream_launchers(
+constexpr std::array<StreamLauncher, 4 * sizeof...(kTile)> stream_launchers(
     std::integer_sequence<int, kTile...>) {
-  return {launch_stream<kTile>...};
+  return {launch_stream<kTile, Source::kInt8>..., launch_stream<kTile, Source::kFloat16>...,
+          launch_stream<kTile, Source::kBFloat16>..., launch_stream<kTile, Source::kFloat32>...};
 }
 constexpr auto kResidentLaunchers =
     resident_launchers(std::make_integer_sequence<int, static_cast<int>(kNumResidentTiles)>{});
 constexpr auto kStreamLaunchers =
     stream_launchers(std::make_integer_sequence<int, static_cast<int>(kNumStreamTiles)>{});
+
+constexpr int kClearThreads = 256;
+
+// Before the kernel whose blocks count in them.
+__global__ void __launch_bounds__(kClearThreads)
+    clear_counters_kernel(uint32_t* counters, int64_t count) {
+  ptx::grid_dependency_wait();
+  for (int64_t i = threadIdx.x; i < count; i += kClearThreads) counters[i] = 0;
+}
+
+int64_t counters_of(const MatmulParams& p) { return ceil_div(p.m, kSm90CountedRows); }
 
 Source source_of(const MatmulParams& p) {
   if (p.x == nullptr) return Source::kInt8;
@@ -62,10 +76,10 @@ void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const De
   const ResidentTile& tile = kResidentTiles[tile_index];
   const Source source = source_of(p);
   GemmArgs args = common_args(p);
-  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n / tile.cluster);
+  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n);
   if (source == Source::kInt8)
     args.a_map = make_tensor_map(p.a, p.m, p.k, 1, ResidentTile::kBlockM);
-  args.m_tiles = ceil_div(p.m, ResidentTile::kBlockM * tile.cluster);
+  args.m_tiles = ceil_div(p.m, ResidentTile::kBlockM);
   args.n_tiles = ceil_div(p.n, tile.block_n);
   args.n_parts = parts;
   // The copy engine can fetch the next rows while these are in use.
@@ -77,18 +91,34 @@ void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const De
   args.factor_slots = shared.factor_slots;
 
   LaunchShape shape;
-  const int32_t clusters = std::min(args.m_tiles * parts, device.sm_count / tile.cluster);
-  shape.grid = dim3(static_cast<unsigned>(clusters * tile.cluster));
+  shape.grid = dim3(static_cast<unsigned>(std::min(args.m_tiles * parts, device.sm_count)));
   shape.block = dim3(ResidentTile::kThreads);
-  shape.cluster = static_cast<unsigned>(tile.cluster);
   shape.shared_bytes = static_cast<size_t>(shared.bytes);
   const size_t launcher = static_cast<size_t>(source) * kNumResidentTiles + tile_index;
   kResidentLaunchers.at(launcher)(args, static_cast<uint32_t>(buffers), shape, p.ctx);
 }
 
-void stream(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
+int64_t stream_workspace_bytes(const MatmulParams& p) {
+  return quantized_rows_bytes(p) + align_workspace(counters_of(p) * 4);
+}
+
+void stream(MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
   const StreamTile& tile = kStreamTiles[tile_index];
+  const Source source = source_of(p);
+  QuantizeParams quantize;
+  if (source != Source::kInt8) {
+    quantize = place_quantized_rows(p);
+    LaunchShape shape;
+    shape.grid = dim3(1);
+    shape.block = dim3(kClearThreads);
+    launch<clear_counters_kernel>("sm90 counters", shape, p.ctx,
+                                  static_cast<uint32_t*>(p.workspace), counters_of(p));
+  }
   GemmArgs args = common_args(p);
+  args.x = quantize.x;
+  args.q = quantize.q;
+  args.row_scales = quantize.scale;
+  args.done = static_cast<uint32_t*>(p.workspace);
   args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n / tile.cluster_m);
   args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StreamTile::kBlockM / tile.cluster_n);
   args.m_tiles = ceil_div(p.m, StreamTile::kBlockM * tile.cluster_m);
@@ -104,7 +134,8 @@ void stream(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device
   shape.block = dim3(StreamTile::kThreads);
   shape.cluster = static_cast<unsigned>(cluster);
   shape.shared_bytes = static_cast<size_t>(shared.bytes);
-  kStreamLaunchers.at(static_cast<size_t>(tile_index))(args, shape, p.ctx);
+  const size_t launcher = static_cast<size_t>(source) * kNumStreamTiles + tile_index;
+  kStreamLaunchers.at(launcher)(args, shape, p.ctx);
 }
 
 }  // namespace int8_ops::cuda::sm90

@@ -11,7 +11,9 @@ namespace int8_ops::cuda::sm90 {
 // a row tile are shared by `parts` clusters.
 void resident(const MatmulParams& p, int32_t tile, int32_t parts, const DeviceFacts& device);
 
-// Both operands stream; p.a is given.
-void stream(const MatmulParams& p, int32_t tile, const DeviceFacts& device);
+// Both operands stream; with p.x set it is quantized beside the products, into a workspace of so
+// many bytes.
+void stream(MatmulParams& p, int32_t tile, const DeviceFacts& device);
+int64_t stream_workspace_bytes(const MatmulParams& p);
 
 }  // namespace int8_ops::cuda::sm90

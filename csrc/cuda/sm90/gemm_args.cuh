@@ -15,6 +15,11 @@ struct GemmArgs {
   CUtensorMap a_map;    // where a is given
   CUtensorMap out_map;  // where the output has 16 bits
   const void* x;        // where it is not
+  // Where x is quantized beside the products: what a_map maps, a scale a row, and a counter for
+  // every 128 rows.
+  int8_t* q;
+  float* row_scales;
+  uint32_t* done;
   int32_t m;
   int32_t n;
   int32_t k;

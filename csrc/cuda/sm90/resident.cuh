@@ -5,9 +5,8 @@
 //   w --copy engine--> stages of the ring  /
 //
 // A block has one warpgroup whose first thread drives the copy engine, and two that each own 64
-// rows: they quantize them, multiply, and store. The blocks of a cluster have rows of their own and
-// take the same tiles of w at the same time; each loads its share and the copy engine hands it to
-// all.
+// rows: they quantize them, multiply, and store. (Clusters that share what they load of w were
+// tried: the waiting for each other cost more than L2 gained.)
 #pragma once
 
 #include "../heuristics/sm90_tiles.h"
@@ -23,11 +22,10 @@
 
 namespace int8_ops::cuda::sm90 {
 
-template <ResidentTile kTile, Source kSource>
+template <ResidentTile kTile, Source kSource, DType kOut>
 struct ResidentKernel {
   static constexpr int kBlockM = ResidentTile::kBlockM;
   static constexpr int kBlockN = kTile.block_n;
-  static constexpr int kCluster = kTile.cluster;
   static constexpr int kWarpgroups = kBlockM / kWarpgroupM;  // that multiply
   static constexpr int kRowsBlockBytes = kBlockM * kBlockK;  // a K-block of the rows
   static constexpr bool kQuantizes = kSource != Source::kInt8;
@@ -37,14 +35,13 @@ struct ResidentKernel {
   static constexpr uint32_t kConsumerRegisters = 232;
 
   using Tile = WarpgroupTile<kBlockN, kTile.staged_cols>;
-  static constexpr bool kTwoSets = kBlockN <= 128;
 
   struct Head {
     float scales[kBlockM];
     StageBarriers<kSm90MaxStages> ring;
     StageBarriers<2> rows;
   };
-  static_assert(sizeof(Head) <= ResidentTile::kHeadBytes);
+  static_assert(sizeof(Head) <= ResidentTile::kHeadBytes, "scales and barriers fit the head");
   static_assert(sizeof(typename Tile::Factors) == kTile.slot_bytes());
   static_assert(kWarpgroups * Tile::kStagingBytes == kTile.staging_bytes());
 
@@ -64,23 +61,16 @@ struct ResidentKernel {
   RingBarriers ring;
   RingBarriers row_ring;
   uint32_t row_buffers;
-  uint32_t rank;
 
   __device__ __forceinline__ int32_t works() const { return args.m_tiles * args.n_parts; }
   __device__ __forceinline__ Work work_at(int32_t index) const {
     const int32_t part = index % args.n_parts;
     Work work;
-    work.row = (index / args.n_parts * kCluster + static_cast<int32_t>(rank)) * kBlockM;
+    work.row = index / args.n_parts * kBlockM;
     work.n_begin = static_cast<int32_t>(static_cast<int64_t>(args.n_tiles) * part / args.n_parts);
     work.n_end =
         static_cast<int32_t>(static_cast<int64_t>(args.n_tiles) * (part + 1) / args.n_parts);
     return work;
-  }
-  __device__ __forceinline__ int32_t first_work() const {
-    return static_cast<int32_t>(blockIdx.x) / kCluster;
-  }
-  __device__ __forceinline__ int32_t work_step() const {
-    return static_cast<int32_t>(gridDim.x) / kCluster;
   }
   __device__ __forceinline__ uint32_t rows_bytes() const {
     return static_cast<uint32_t>(args.k_blocks) * kRowsBlockBytes;
@@ -102,36 +92,28 @@ struct ResidentKernel {
   // `slot` names the factors' place, with the tile's last K-block; else it is negative.
   __device__ __forceinline__ void load_stage(const RingPlace& at, int32_t k_block, int32_t n_tile,
                                              int32_t slot) const {
-    constexpr int kShare = kBlockN / kCluster;
     ring.wait_empty(at);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = n_tile * kBlockN;
-    const uint32_t factor_bytes =
-        slot < 0 ? 0 : count_factor_bytes(args.epilogue, n_first, kBlockN);
-    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + factor_bytes);
-    if (slot >= 0) load_factors<kBlockN>(args.epilogue, n_first, factors + slot, full);
-    const uint32_t to =
-        ptx::shared_address(stages) + at.stage * kTile.stage_bytes() + rank * (kShare * kBlockK);
-    const int32_t row = n_first + static_cast<int32_t>(rank) * kShare;
-    if constexpr (kCluster == 1) {
-      ptx::tma_load_2d(to, &args.w_map, full, k_block * kBlockK, row);
-    } else {
-      constexpr uint16_t kAll = (1U << kCluster) - 1;
-      ptx::tma_load_2d_multicast(to, &args.w_map, full, kAll, k_block * kBlockK, row);
-    }
+    const FactorLoader<false, kBlockN> loader(args, n_first, 0);
+    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (slot < 0 ? 0 : loader.bytes()));
+    if (slot >= 0) loader.load(factors[slot], full);
+    ptx::tma_load_2d(ptx::shared_address(stages) + at.stage * kTile.stage_bytes(), &args.w_map,
+                     full, k_block * kBlockK, n_first);
   }
 
   __device__ __forceinline__ void produce() const {
     RingPlace at;
     RingPlace rows_at;
     int32_t slot = 0;
-    for (int32_t index = first_work(); index < works(); index += work_step()) {
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < works();
+         index += static_cast<int32_t>(gridDim.x)) {
       const Work work = work_at(index);
       if constexpr (!kQuantizes) {
         load_rows(rows_at, work.row);
         rows_at.next(row_buffers);
-      } else if (index + work_step() < works()) {
-        prefetch_rows(work_at(index + work_step()).row);
+      } else if (index + static_cast<int32_t>(gridDim.x) < works()) {
+        prefetch_rows(work_at(index + static_cast<int32_t>(gridDim.x)).row);
       }
       for (int32_t n_tile = work.n_begin; n_tile < work.n_end; ++n_tile) {
         for (int32_t b = 0; b < args.k_blocks; ++b) {
@@ -157,6 +139,7 @@ struct ResidentKernel {
   // -------------------------------------------------
 
   struct Operands {
+    static constexpr bool kRowFactors = false;
     uint64_t rows;
     uint64_t stages;
     __device__ __forceinline__ uint64_t a(int32_t k_block, uint32_t) const {
@@ -179,14 +162,15 @@ struct ResidentKernel {
     const int32_t wg_row = warpgroup * kWarpgroupM;
     const int32_t local_row = wg_row + Tile::row_of_thread();
     const uint32_t rows_address = ptx::shared_address(rows) + warpgroup * kWarpgroupM * kBlockK;
-    Consumer<Tile, kCluster, kTwoSets, !kQuantizes, Operands> consumer{
+    Consumer<Tile, kOut, 1, 2, kTile.ahead, Operands> consumer{
         {0, ptx::wgmma_descriptor(ptx::shared_address(stages))},
         args,
         factors,
         ptx::shared_address(staging) + warpgroup * Tile::kStagingBytes,
         ring};
     RingPlace rows_at;
-    for (int32_t index = first_work(); index < works(); index += work_step()) {
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < works();
+         index += static_cast<int32_t>(gridDim.x)) {
       const Work work = work_at(index);
       float row_scale[2];
       if constexpr (kQuantizes) {
@@ -210,7 +194,7 @@ struct ResidentKernel {
       }
       consumer.operands.rows =
           ptx::wgmma_descriptor(rows_address) + rows_at.stage * (rows_bytes() >> 4);
-      if (index + work_step() >= works()) ptx::grid_dependency_trigger();
+      if (index + static_cast<int32_t>(gridDim.x) >= works()) ptx::grid_dependency_trigger();
       int32_t n_tile = work.n_begin;
       consumer.run([&](TilePlace& place) {
         if (n_tile == work.n_end) return false;
@@ -242,14 +226,13 @@ struct ResidentKernel {
     kernel.ring = {ptx::shared_address(head->ring.full), ptx::shared_address(head->ring.empty)};
     kernel.row_ring = {ptx::shared_address(head->rows.full), ptx::shared_address(head->rows.empty)};
     kernel.row_buffers = row_buffers;
-    kernel.rank = kCluster == 1 ? 0 : ptx::cluster_block_rank();
 
     if (threadIdx.x == 0) {
       ptx::prefetch_tensormap(&args.w_map);
       if constexpr (!kQuantizes) ptx::prefetch_tensormap(&args.a_map);
       for (int s = 0; s < kSm90MaxStages; ++s) {
         ptx::mbarrier_init(kernel.ring.full + s * 8, 1);
-        ptx::mbarrier_init(kernel.ring.empty + s * 8, kReaders * kCluster);
+        ptx::mbarrier_init(kernel.ring.empty + s * 8, kReaders);
       }
       for (int s = 0; s < 2; ++s) {
         ptx::mbarrier_init(kernel.row_ring.full + s * 8, 1);
@@ -257,11 +240,7 @@ struct ResidentKernel {
       }
       ptx::fence_mbarrier_init();
     }
-    if constexpr (kCluster == 1) {
-      __syncthreads();
-    } else {
-      ptx::cluster_sync();
-    }
+    __syncthreads();
     ptx::grid_dependency_wait();
 
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
@@ -272,20 +251,16 @@ struct ResidentKernel {
       ptx::set_max_registers_inc<kConsumerRegisters>();
       kernel.consume(warpgroup);
     }
-    // A block's shared memory must outlive its stores, and the arrivals of its neighbours.
+    // The block's shared memory must outlive its stores.
     if (threadIdx.x % kWarpgroupThreads == 0) ptx::bulk_wait_group_read<0>();
-    if constexpr (kCluster > 1) {
-      __syncwarp();
-      ptx::cluster_sync();
-    }
   }
 };
 
-template <int kTileIndex, Source kSource>
+template <int kTileIndex, Source kSource, DType kOut>
 __global__ void __launch_bounds__(ResidentTile::kThreads, 1)
     resident_kernel(const __grid_constant__ GemmArgs args, uint32_t row_buffers) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ResidentKernel<kResidentTiles[kTileIndex], kSource>::run(args, row_buffers);
+  ResidentKernel<kResidentTiles[kTileIndex], kSource, kOut>::run(args, row_buffers);
 #endif
 }
 

@@ -12,6 +12,7 @@
 #include "../ptx/cluster.cuh"
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/tma.cuh"
+#include "background_quantizer.cuh"
 #include "consumer.cuh"
 #include "gemm_args.cuh"
 #include "ring.cuh"
@@ -19,8 +20,9 @@
 
 namespace int8_ops::cuda::sm90 {
 
-template <StreamTile kTile>
+template <StreamTile kTile, Source kSource, DType kOut>
 struct StreamKernel {
+  static constexpr bool kQuantizes = kSource != Source::kInt8;
   static constexpr int kBlockM = StreamTile::kBlockM;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kClusterM = kTile.cluster_m;
@@ -29,9 +31,10 @@ struct StreamKernel {
   static constexpr int kWarpgroups = kBlockM / kWarpgroupM;
   static constexpr int kABytes = kBlockM * kBlockK;
   static constexpr uint32_t kReaders = kWarpgroups * 4;
-  static constexpr uint32_t kProducerRegisters = 40;
-  static constexpr uint32_t kConsumerRegisters = 232;
-  static constexpr bool kTwoSets = kBlockN <= 128;
+  // Of 168 a thread at entry.
+  static constexpr uint32_t kProducerRegisters = 88;
+  static constexpr uint32_t kConsumerRegisters = 208;
+  static constexpr int kSets = kBlockN <= 128 ? 2 : 1;
 
   using Tile = WarpgroupTile<kBlockN, kTile.staged_cols()>;
   using Ring = StageBarriers<kSm90MaxStages>;
@@ -78,10 +81,9 @@ struct StreamKernel {
     ring.wait_empty(at);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = work.n_tile * kBlockN;
-    const uint32_t factor_bytes =
-        slot < 0 ? 0 : count_factor_bytes(args.epilogue, n_first, kBlockN);
-    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + factor_bytes);
-    if (slot >= 0) load_factors<kBlockN>(args.epilogue, n_first, factors + slot, full);
+    const FactorLoader<kQuantizes, kBlockN> loader(args, n_first, work.m_tile * kBlockM);
+    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (slot < 0 ? 0 : loader.bytes()));
+    if (slot >= 0) loader.load(factors[slot], full);
     const uint32_t to = ptx::shared_address(stages) + at.stage * kTile.stage_bytes();
     const uint32_t to_a = to + n_rank * (kAShare * kBlockK);
     const uint32_t to_w = to + kABytes + m_rank * (kWShare * kBlockK);
@@ -112,6 +114,7 @@ struct StreamKernel {
     int32_t slot = 0;
     for (int32_t index = first_work(); index < works(); index += work_step()) {
       const Work work = work_at(index);
+      if constexpr (kQuantizes) wait_for_rows(args, work.m_tile * kBlockM);
       for (int32_t b = 0; b < args.k_blocks; ++b) {
         load_stage(at, work, b, b + 1 == args.k_blocks ? slot : -1);
         at.next(args.stages);
@@ -120,7 +123,21 @@ struct StreamKernel {
     }
   }
 
+  // The warps that neither multiply nor drive the copy engine.
+  __device__ __forceinline__ void quantize_beside(int warp) const {
+    const auto index = static_cast<int32_t>(blockIdx.x) * 3 + warp - 1;
+    const auto warps = static_cast<int32_t>(gridDim.x) * 3;
+    if constexpr (kSource == Source::kFloat16) {
+      BackgroundQuantizer<__half>::run(args, index, warps);
+    } else if constexpr (kSource == Source::kBFloat16) {
+      BackgroundQuantizer<__nv_bfloat16>::run(args, index, warps);
+    } else if constexpr (kSource == Source::kFloat32) {
+      BackgroundQuantizer<float>::run(args, index, warps);
+    }
+  }
+
   struct Operands {
+    static constexpr bool kRowFactors = kQuantizes;
     uint64_t first_a;
     uint64_t first_w;
     __device__ __forceinline__ uint64_t a(int32_t, uint32_t stage) const {
@@ -134,7 +151,7 @@ struct StreamKernel {
   __device__ __forceinline__ void consume(int warpgroup) const {
     const int32_t wg_row = warpgroup * kWarpgroupM;
     const uint32_t first = ptx::shared_address(stages);
-    Consumer<Tile, kCluster, kTwoSets, true, Operands> consumer{
+    Consumer<Tile, kOut, kCluster, kSets, 2, Operands> consumer{
         {ptx::wgmma_descriptor(first + wg_row * kBlockK), ptx::wgmma_descriptor(first + kABytes)},
         args,
         factors,
@@ -148,11 +165,13 @@ struct StreamKernel {
       if (index >= works()) ptx::grid_dependency_trigger();
       place.row_first = work.m_tile * kBlockM + wg_row;
       place.n_first = work.n_tile * kBlockN;
+      if constexpr (!kQuantizes) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row = place.row_first + Tile::row_of_thread() + half * 8;
-        place.row_scale[half] =
-            args.epilogue.a_scale != nullptr && row < args.m ? args.epilogue.a_scale[row] : 0.0F;
+        for (int half = 0; half < 2; ++half) {
+          const int32_t row = place.row_first + Tile::row_of_thread() + half * 8;
+          place.row_scale[half] =
+              args.epilogue.a_scale != nullptr && row < args.m ? args.epilogue.a_scale[row] : 0.0F;
+        }
       }
       return true;
     });
@@ -195,7 +214,12 @@ struct StreamKernel {
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
     if (warpgroup == kWarpgroups) {
       ptx::set_max_registers_dec<kProducerRegisters>();
-      if (threadIdx.x == kWarpgroups * kWarpgroupThreads) kernel.produce();
+      const int warp = threadIdx.x / 32 % 4;
+      if (warp > 0) {
+        kernel.quantize_beside(warp);
+      } else if (threadIdx.x % 32 == 0) {
+        kernel.produce();
+      }
     } else {
       ptx::set_max_registers_inc<kConsumerRegisters>();
       kernel.consume(warpgroup);
@@ -209,11 +233,11 @@ struct StreamKernel {
   }
 };
 
-template <int kTileIndex>
+template <int kTileIndex, Source kSource, DType kOut>
 __global__ void __launch_bounds__(StreamTile::kThreads, 1)
     stream_kernel(const __grid_constant__ GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  StreamKernel<kStreamTiles[kTileIndex]>::run(args);
+  StreamKernel<kStreamTiles[kTileIndex], kSource, kOut>::run(args);
 #endif
 }
 

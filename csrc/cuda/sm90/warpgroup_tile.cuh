@@ -27,21 +27,13 @@ struct TilePlace {
   float row_scale[2];  // of this thread's two rows: see rows_of_thread()
 };
 
-// The scales of a tile's columns, and their bias in its own dtype.
+// What a tile's epilogue needs: scales of the columns, bias, and the scales of the rows where they
+// are made beside the products.
 template <int kBlockN>
-struct ColumnFactors {
+struct TileFactors {
   float w_scale[kBlockN];
-  alignas(16) uint8_t bias[kBlockN * 4];
-
-  template <DType kBias>
-  __device__ __forceinline__ float2 bias_pair(int col) const {
-    if constexpr (kBias == DType::kFloat32) return *reinterpret_cast<const float2*>(bias + col * 4);
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(bias + col * 2);
-    if constexpr (kBias == DType::kFloat16) {
-      return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    }
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-  }
+  alignas(16) uint8_t bias[kBlockN * 4];  // in its own dtype
+  float row_scale[2 * kWarpgroupM];
 };
 
 // kStagedCols: columns of 16-bit results that are on their way to the copy engine at once.
@@ -49,7 +41,7 @@ template <int kBlockN, int kStagedCols>
 struct WarpgroupTile {
   static constexpr int kSums = kBlockN / 2;
   using Sums = int32_t[kSums];
-  using Factors = ColumnFactors<kBlockN>;
+  using Factors = TileFactors<kBlockN>;
 
   // 16-bit results on their way to the copy engine: boxes of 64 rows by 64 columns, 128 bytes a
   // row, swizzled.
@@ -81,53 +73,47 @@ struct WarpgroupTile {
     float2 bias[kBoxCols / 8];
   };
 
-  // Every load first, and no branch between them and the arithmetic.
-  template <bool kBias>
+  // Every load first, and no branch between them and the arithmetic. Without a bias -0 is added,
+  // which changes nothing, not even a -0.
   static __device__ __forceinline__ BoxFactors box_factors(const Factors& factors, int first,
-                                                           DType bias_dtype) {
+                                                           const ScaleEpilogue& epilogue) {
     const int col = first + threadIdx.x % 4 * 2;
     BoxFactors box;
 #pragma unroll
     for (int i = 0; i < kBoxCols / 8; ++i) {
       box.w_scale[i] = *reinterpret_cast<const float2*>(&factors.w_scale[col + i * 8]);
+      box.bias[i] = make_float2(-0.0F, -0.0F);
     }
-    if constexpr (kBias) {
-      if (bias_dtype == DType::kFloat32) {
+    if (epilogue.bias == nullptr) return box;
+    if (epilogue.bias_dtype == DType::kFloat32) {
 #pragma unroll
-        for (int i = 0; i < kBoxCols / 8; ++i) {
-          box.bias[i] = factors.template bias_pair<DType::kFloat32>(col + i * 8);
-        }
-      } else if (bias_dtype == DType::kFloat16) {
-#pragma unroll
-        for (int i = 0; i < kBoxCols / 8; ++i) {
-          box.bias[i] = factors.template bias_pair<DType::kFloat16>(col + i * 8);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBoxCols / 8; ++i) {
-          box.bias[i] = factors.template bias_pair<DType::kBFloat16>(col + i * 8);
-        }
+      for (int i = 0; i < kBoxCols / 8; ++i) {
+        box.bias[i] = *reinterpret_cast<const float2*>(&factors.bias[(col + i * 8) * 4]);
       }
+      return box;
+    }
+    const bool half = epilogue.bias_dtype == DType::kFloat16;
+#pragma unroll
+    for (int i = 0; i < kBoxCols / 8; ++i) {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(&factors.bias[(col + i * 8) * 2]);
+      const float2 as_half = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      box.bias[i].x = half ? as_half.x : __uint_as_float(pair << 16);
+      box.bias[i].y = half ? as_half.y : __uint_as_float(pair & 0xffff0000u);
     }
     return box;
   }
 
   // Group of eight columns `n8` of the tile, `i` of the box; row half `half`.
-  template <bool kBias>
   static __device__ __forceinline__ float2 scaled_pair(const Sums& sums, int n8, int i, int half,
                                                        const BoxFactors& box, float row_scale) {
-    float2 y;
-    y.x = ScaleEpilogue::scaled(sums[n8 * 4 + half * 2], row_scale, box.w_scale[i].x);
-    y.y = ScaleEpilogue::scaled(sums[n8 * 4 + half * 2 + 1], row_scale, box.w_scale[i].y);
-    if constexpr (kBias) {
-      y.x = __fadd_rn(y.x, box.bias[i].x);
-      y.y = __fadd_rn(y.y, box.bias[i].y);
-    }
-    return y;
+    const int32_t* const pair = &sums[n8 * 4 + half * 2];
+    const float x = ScaleEpilogue::scaled(pair[0], row_scale, box.w_scale[i].x);
+    const float y = ScaleEpilogue::scaled(pair[1], row_scale, box.w_scale[i].y);
+    return make_float2(__fadd_rn(x, box.bias[i].x), __fadd_rn(y, box.bias[i].y));
   }
 
   // To 16-bit results: through shared memory, by the copy engine, which clips at the edges.
-  template <DType kOut, bool kBias>
+  template <DType kOut>
   static __device__ __forceinline__ void store_16bit(const Sums& sums,
                                                      const ScaleEpilogue& epilogue,
                                                      const Factors& factors, const TilePlace& place,
@@ -137,27 +123,27 @@ struct WarpgroupTile {
     const int lane = thread % 32;
     // Matrix lane / 8 of a stmatrix: rows 8 (lane / 8 % 2) .., columns 8 (lane / 16) ...
     const int row = thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
-    const uint32_t to_row = staging + row * 128;
 #pragma unroll
     for (int first = 0; first < kBlockN; first += kStagedCols) {
+      // The copy engine has read what was staged here before.
       if (thread == 0) ptx::bulk_wait_group_read<0>();
       ptx::named_barrier_sync(barrier, kWarpgroupThreads);
 #pragma unroll
       for (int box_first = first; box_first < first + kStagedCols; box_first += kBoxCols) {
-        const BoxFactors box = box_factors<kBias>(factors, box_first, epilogue.bias_dtype);
-        const uint32_t to_box = to_row + (box_first - first) / kBoxCols * kBoxBytes;
+        const BoxFactors box = box_factors(factors, box_first, epilogue);
+        const uint32_t to_row = staging + (box_first - first) / kBoxCols * kBoxBytes + row * 128;
 #pragma unroll
         for (int pair = 0; pair < kBoxCols / 16; ++pair) {
           uint32_t words[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int n8 = pair * 2 + i / 2;
-            const float2 y = scaled_pair<kBias>(sums, box_first / 8 + n8, n8, i % 2, box,
-                                                place.row_scale[i % 2]);
+            const float2 y =
+                scaled_pair(sums, box_first / 8 + n8, n8, i % 2, box, place.row_scale[i % 2]);
             words[i] = pack_16bit(kOut, y.x, y.y);
           }
           const int chunk = pair * 2 + lane / 16;
-          ptx::stmatrix_x4(to_box + ((chunk ^ (row % 8)) * 16), words);
+          ptx::stmatrix_x4(to_row + ((chunk ^ (row % 8)) * 16), words);
         }
       }
       ptx::fence_proxy_async();
@@ -176,7 +162,7 @@ struct WarpgroupTile {
   }
 
   // To 32-bit results: a quad of threads stores a whole sector.
-  template <DType kOut, bool kBias>
+  template <DType kOut>
   static __device__ __forceinline__ void store_32bit(const Sums& sums,
                                                      const ScaleEpilogue& epilogue,
                                                      const Factors& factors,
@@ -186,9 +172,7 @@ struct WarpgroupTile {
 #pragma unroll
     for (int box_first = 0; box_first < kBlockN; box_first += kBoxCols) {
       BoxFactors box = {};
-      if constexpr (kOut != DType::kInt32) {
-        box = box_factors<kBias>(factors, box_first, epilogue.bias_dtype);
-      }
+      if constexpr (kOut != DType::kInt32) box = box_factors(factors, box_first, epilogue);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t row = row_first + half * 8;
@@ -202,7 +186,7 @@ struct WarpgroupTile {
                 make_int2(sums[n8 * 4 + half * 2], sums[n8 * 4 + half * 2 + 1]);
           } else {
             *reinterpret_cast<float2*>(static_cast<float*>(epilogue.out) + at + n8 * 8) =
-                scaled_pair<kBias>(sums, n8, i, half, box, place.row_scale[half]);
+                scaled_pair(sums, n8, i, half, box, place.row_scale[half]);
           }
         }
       }

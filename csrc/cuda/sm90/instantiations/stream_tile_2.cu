@@ -1,0 +1,8 @@
+#include "../stream_launch.cuh"
+
+namespace int8_ops::cuda::sm90 {
+INT8_OPS_STREAM_TILE(2, Source::kInt8);
+INT8_OPS_STREAM_TILE(2, Source::kFloat16);
+INT8_OPS_STREAM_TILE(2, Source::kBFloat16);
+INT8_OPS_STREAM_TILE(2, Source::kFloat32);
+}  // namespace int8_ops::cuda::sm90
