@@ -71,8 +71,7 @@ struct ResidentTile {
 
 // block_n, staged_cols, ahead
 inline constexpr ResidentTile kResidentTiles[] = {
-    {128, 128, 4},
-    {128, 64, 2},  // for the longest rows, which leave few stages
+    {128, 128, 2},
 };
 // Rows beyond that leave no room for stages.
 inline constexpr int64_t kMaxResidentK = 1024;

@@ -10,6 +10,7 @@
 
 #include "../../common/numerics.h"
 #include "../ptx/max_nan.cuh"
+#include "../ptx/rcp_approx.cuh"
 
 namespace int8_ops::cuda {
 
@@ -41,6 +42,15 @@ struct Chunk {
     const float lo = pair_amax(max_pairs(raw.x, raw.y));
     return ptx::max_nan_f32(lo, pair_amax(max_pairs(raw.z, raw.w)));
   }
+
+  // The same over several chunks. |x| in 16 bits compares like an unsigned integer, NaN above all.
+  using Amax = uint32_t;
+  __device__ __forceinline__ void add_to(Amax& m) const {
+    m = __vmaxu2(m, __vmaxu2(raw.x & 0x7fff7fffu, raw.y & 0x7fff7fffu));
+    m = __vmaxu2(m, __vmaxu2(raw.z & 0x7fff7fffu, raw.w & 0x7fff7fffu));
+  }
+  static __device__ __forceinline__ float amax_of(Amax m) { return pair_amax(m); }
+
   // Half kHalf of the chunk: values 4 kHalf .. 4 kHalf + 3.
   template <int kHalf>
   __device__ __forceinline__ void to_float(float (&x)[4]) const {
@@ -104,6 +114,9 @@ struct Chunk<float> {
     }
     return m;
   }
+  using Amax = float;
+  __device__ __forceinline__ void add_to(Amax& m) const { m = ptx::max_nan_f32(m, amax()); }
+  static __device__ __forceinline__ float amax_of(Amax m) { return m; }
 };
 
 inline constexpr float kMaxFinite = 3.402823466e38F;
@@ -218,6 +231,23 @@ __device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowBo
   }
   return pack_x4(q);
 }
+
+// The same with the reciprocal as the hardware has it, which RowBounds allows for: no subroutine.
+struct RowFactor {
+  float stored;
+  float divisor;  // NaN where the row is not finite
+  float inverse;  // about 1 / divisor, or 0 where the row becomes zeros
+
+  static __device__ __forceinline__ RowFactor from_amax(float amax) {
+    const bool usable = amax >= kMinUsableAmax;
+    const bool finite = amax <= kMaxFinite;
+    RowFactor f;
+    f.divisor = finite ? divide_by_127(amax) : __int_as_float(0x7fc00000);
+    f.inverse = usable && finite ? ptx::rcp_approx(f.divisor) : 0.0F;
+    f.stored = finite && !usable ? 1.0F : f.divisor;
+    return f;
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowBounds& bounds,

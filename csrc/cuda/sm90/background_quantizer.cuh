@@ -10,10 +10,9 @@
 
 #include "../heuristics/sm90_tiles.h"
 #include "../ptx/counter.cuh"
-#include "../ptx/rcp_approx.cuh"
 #include "../ptx/tma.cuh"
-#include "../quantize/row_math.cuh"
 #include "gemm_args.cuh"
+#include "row_round.cuh"
 
 namespace int8_ops::cuda::sm90 {
 
@@ -25,131 +24,130 @@ __device__ __forceinline__ void wait_for_rows(const GemmArgs& args, int32_t row)
   const int32_t first = row / kCountedRows * kCountedRows;
   const auto wanted = static_cast<uint32_t>(min(kCountedRows, args.m - first));
   const uint32_t* const counter = args.done + row / kCountedRows;
-  while (ptx::load_acquire(counter) < wanted) __nanosleep(64);
+  while (ptx::load_acquire(counter) < wanted) __nanosleep(100);
   ptx::fence_proxy_async_all();
 }
 
-// One warp's part: groups of kGroup rows, every `warps`-th from `index` on.
+// One warp's part: groups of rows, every `warps`-th from `index` on.
 template <typename T>
 struct BackgroundQuantizer {
-  static constexpr int kGroup = sizeof(T) == 2 ? 4 : 2;
-  static_assert(kCountedRows % kGroup == 0);
+  // Chunks in a thread's registers.
+  static constexpr int kHeld = sizeof(T) == 2 ? 8 : 4;
 
   const GemmArgs& args;
   const T* x;
-  int lane;
+  int32_t index;
+  int32_t warps;
 
-  struct Group {
-    Chunk<T> chunks[kGroup];
-  };
-
-  __device__ __forceinline__ void load(Group& group, int32_t row, int32_t col) const {
-#pragma unroll
-    for (int r = 0; r < kGroup; ++r) {
-      if (row + r < args.m && col < args.k) {
-        group.chunks[r].load_cached(x + static_cast<int64_t>(row + r) * args.k + col);
-      } else {
-        group.chunks[r].clear();
-      }
-    }
-  }
-
-  // The chunks of these rows whose rounding is not certain: see row_quantizer.cuh.
-  __device__ __forceinline__ void repair(const float (&divisor)[kGroup], int32_t row, int32_t col,
-                                         uint32_t doubts) const {
-#pragma unroll 1
-    for (; doubts != 0; doubts &= doubts - 1) {
-      const int r = __ffs(static_cast<int>(doubts)) - 1;
-      RowScale s;
-      s.divisor = divisor[0];
-#pragma unroll
-      for (int other = 1; other < kGroup; ++other) {
-        if (r == other) s.divisor = divisor[other];
-      }
-      s.inverse = __frcp_rn(s.divisor);
-      const int64_t at = static_cast<int64_t>(row + r) * args.k + col;
-      Chunk<T> again;
-      again.load_cached(x + at);
-      *reinterpret_cast<uint2*>(args.q + at) =
-          quantize_chunk_by_division(again, RowDivision::by(s), true);
+  // Rows first .. of `rows` are written: says so to all blocks.
+  __device__ __forceinline__ void count(int32_t first, int32_t rows) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0 && first < args.m) {
+      ptx::add_release(args.done + first / kCountedRows,
+                       static_cast<uint32_t>(min(rows, args.m - first)));
     }
   }
 
   // These rows come to L2.
-  __device__ __forceinline__ void prefetch(int32_t row) const {
-    if (lane != 0 || row >= args.m) return;
-    const int64_t bytes = static_cast<int64_t>(min(kGroup, args.m - row)) * args.k * sizeof(T);
-    ptx::prefetch_l2_bulk(x + static_cast<int64_t>(row) * args.k, static_cast<uint32_t>(bytes));
+  __device__ __forceinline__ void prefetch(int32_t first, int32_t rows) const {
+    if (threadIdx.x % 32 != 0 || first >= args.m) return;
+    const int64_t bytes =
+        static_cast<int64_t>(min(rows, args.m - first)) * args.k * static_cast<int64_t>(sizeof(T));
+    ptx::prefetch_l2_bulk(x + static_cast<int64_t>(first) * args.k, static_cast<uint32_t>(bytes));
   }
 
-  __device__ __forceinline__ void run_group(int32_t row) const {
-    float amax[kGroup] = {};
-    {
-      Group now;
-      load(now, row, lane * kChunk);
+  // Rows that fit the registers: read once, a round ahead.
+  template <int kLanes, int kChunks>
+  __device__ __forceinline__ void run_held() const {
+    using Round = RowRound<T, kLanes, kChunks, kHeld / kChunks>;
+    static_assert(kCountedRows % Round::kRows == 0);
+    const int32_t step = warps * Round::kRows;
+    int32_t row = index * Round::kRows;
+    int32_t done = args.m;  // rows that were written and not counted yet
+    Round now;
+    now.template load<true>(x, row, args.m, args.k, args.k);
 #pragma unroll 1
-      for (int32_t col = lane * kChunk; col < args.k; col += 32 * kChunk) {
-        Group next;
-        load(next, row, col + 32 * kChunk);
-#pragma unroll
-        for (int r = 0; r < kGroup; ++r) amax[r] = ptx::max_nan_f32(amax[r], now.chunks[r].amax());
-        now = next;
-      }
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int r = 0; r < kGroup; ++r) {
-        amax[r] = ptx::max_nan_f32(amax[r], __shfl_xor_sync(0xffffffffu, amax[r], offset));
-      }
-    }
-    float divisor[kGroup];
-    RowBounds bounds[kGroup];
-#pragma unroll
-    for (int r = 0; r < kGroup; ++r) {
-      const bool usable = amax[r] >= kMinUsableAmax;
-      const bool finite = amax[r] <= kMaxFinite;
-      divisor[r] = finite ? divide_by_127(amax[r]) : __int_as_float(0x7fc00000);
-      bounds[r] = RowBounds::around(usable && finite ? ptx::rcp_approx(divisor[r]) : 0.0F);
-      const float stored = finite && !usable ? 1.0F : divisor[r];
-      if (lane == r && row + r < args.m) args.row_scales[row + r] = stored;
-    }
-    // x comes from cache this time.
-    Group now;
-    load(now, row, lane * kChunk);
-#pragma unroll 1
-    for (int32_t col = lane * kChunk; col < args.k; col += 32 * kChunk) {
-      Group next;
-      load(next, row, col + 32 * kChunk);
-      uint32_t doubts = 0;
-#pragma unroll
-      for (int r = 0; r < kGroup; ++r) {
-        uint32_t doubt = 0;
-        const uint2 q = quantize_chunk(now.chunks[r], bounds[r], doubt);
-        if (row + r < args.m) {
-          auto* to = args.q + static_cast<int64_t>(row + r) * args.k + col;
-          *reinterpret_cast<uint2*>(to) = divisor[r] <= kMaxFinite ? q : make_uint2(0, 0);
-        }
-        if (doubt != 0) doubts |= 1U << r;
-      }
-      if (__builtin_expect(doubts != 0, 0)) repair(divisor, row, col, doubts);
+    for (; row < args.m; row += step) {
+      Round next;
+      next.template load<true>(x, row + step, args.m, args.k, args.k);
+      prefetch(row + 2 * step, Round::kRows);
+      const auto factors = now.find_factors([&](int32_t r, float scale) {
+        if (row + r < args.m) args.row_scales[row + r] = scale;
+      });
+      // Late: counting waits for the stores of those rows.
+      count(done, Round::kRows);
+      const auto place_of = [&](int32_t r) {
+        int8_t* const to = args.q + static_cast<int64_t>(row + r) * args.k;
+        return row + r < args.m ? to + Round::lane() * kChunk : nullptr;
+      };
+      now.quantize(factors, args.k, kLanes * kChunk, place_of);
+      done = row;
       now = next;
     }
-    ptx::fence_proxy_async_all();
-    __syncwarp();
-    if (lane == 0) {
-      ptx::add_release(args.done + row / kCountedRows,
-                       static_cast<uint32_t>(min(kGroup, args.m - row)));
+    count(done, Round::kRows);
+  }
+
+  // Longer rows: read twice, the second time from cache.
+  __device__ __forceinline__ void run_long() const {
+    constexpr int kChunks = 2;
+    constexpr int kRows = kHeld / kChunks;
+    using Round = RowRound<T, 32, kChunks, kRows>;
+    static_assert(kCountedRows % kRows == 0);
+    constexpr int32_t kStep = 32 * kChunks * kChunk;
+    const int32_t step = warps * kRows;
+#pragma unroll 1
+    for (int32_t row = index * kRows; row < args.m; row += step) {
+      prefetch(row + step, kRows);
+      const auto load = [&](Round& round, int32_t col) {
+        round.template load<true>(x + col, row, args.m, args.k, args.k - col);
+      };
+      Round now;
+      Round next;
+      typename Chunk<T>::Amax packed[kRows] = {};
+      load(now, 0);
+#pragma unroll 1
+      for (int32_t col = 0; col < args.k; col += kStep) {
+        load(next, col + kStep);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (int i = 0; i < kChunks; ++i) now.chunks[r][i].add_to(packed[r]);
+        }
+        now = next;
+      }
+      load(now, 0);
+      float amax[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) amax[r] = Chunk<T>::amax_of(packed[r]);
+      const auto factors = Round::factors_of(amax, [&](int32_t r, float scale) {
+        if (row + r < args.m) args.row_scales[row + r] = scale;
+      });
+#pragma unroll 1
+      for (int32_t col = 0; col < args.k; col += kStep) {
+        load(next, col + kStep);
+        const auto place_of = [&](int32_t r) {
+          int8_t* const to = args.q + static_cast<int64_t>(row + r) * args.k + col;
+          return row + r < args.m ? to + Round::lane() * kChunk : nullptr;
+        };
+        now.quantize(factors, args.k - col, 32 * kChunk, place_of);
+        now = next;
+      }
+      count(row, kRows);
     }
   }
 
   static __device__ __forceinline__ void run(const GemmArgs& args, int32_t index, int32_t warps) {
-    const BackgroundQuantizer quantizer{args, static_cast<const T*>(args.x),
-                                        static_cast<int>(threadIdx.x % 32)};
-#pragma unroll 1
-    for (int32_t row = index * kGroup; row < args.m; row += warps * kGroup) {
-      quantizer.prefetch(row + warps * kGroup);
-      quantizer.run_group(row);
+    const BackgroundQuantizer quantizer{args, static_cast<const T*>(args.x), index, warps};
+    if (args.k <= 128) {
+      quantizer.template run_held<16, 1>();
+    } else if (args.k <= 256) {
+      quantizer.template run_held<32, 1>();
+    } else if (args.k <= 512) {
+      quantizer.template run_held<32, 2>();
+    } else if (args.k <= 1024) {
+      quantizer.template run_held<32, 4>();
+    } else {
+      quantizer.run_long();
     }
   }
 };

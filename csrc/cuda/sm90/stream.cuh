@@ -31,9 +31,10 @@ struct StreamKernel {
   static constexpr int kWarpgroups = kBlockM / kWarpgroupM;
   static constexpr int kABytes = kBlockM * kBlockK;
   static constexpr uint32_t kReaders = kWarpgroups * 4;
-  // Of 168 a thread at entry.
-  static constexpr uint32_t kProducerRegisters = 88;
-  static constexpr uint32_t kConsumerRegisters = 208;
+  // Of 168 a thread at entry: what the others give up, those that multiply take. (A fourth
+  // warpgroup would leave 128 at entry, and ptxas then refuses wgmma's 128 sums.)
+  static constexpr uint32_t kProducerRegisters = 120;
+  static constexpr uint32_t kConsumerRegisters = 192;
   static constexpr int kSets = kBlockN <= 128 ? 2 : 1;
 
   using Tile = WarpgroupTile<kBlockN, kTile.staged_cols()>;
@@ -123,10 +124,12 @@ struct StreamKernel {
     }
   }
 
-  // The warps that neither multiply nor drive the copy engine.
-  __device__ __forceinline__ void quantize_beside(int warp) const {
-    const auto index = static_cast<int32_t>(blockIdx.x) * 3 + warp - 1;
-    const auto warps = static_cast<int32_t>(gridDim.x) * 3;
+  // The warps that neither multiply nor drive the copy engine. The blocks take turns, so that the
+  // first rows are spread over all of them.
+  __device__ __forceinline__ void quantize_beside(int helper) const {
+    constexpr int kHelpers = StreamTile::kThreads / 32 - kWarpgroups * 4 - 1;
+    const auto index = static_cast<int32_t>(blockIdx.x + helper * gridDim.x);
+    const auto warps = static_cast<int32_t>(gridDim.x) * kHelpers;
     if constexpr (kSource == Source::kFloat16) {
       BackgroundQuantizer<__half>::run(args, index, warps);
     } else if constexpr (kSource == Source::kBFloat16) {
@@ -212,11 +215,11 @@ struct StreamKernel {
     ptx::grid_dependency_wait();
 
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
-    if (warpgroup == kWarpgroups) {
+    if (warpgroup >= kWarpgroups) {
       ptx::set_max_registers_dec<kProducerRegisters>();
-      const int warp = threadIdx.x / 32 % 4;
+      const int warp = static_cast<int>(threadIdx.x) / 32 - kWarpgroups * 4;
       if (warp > 0) {
-        kernel.quantize_beside(warp);
+        kernel.quantize_beside(warp - 1);
       } else if (threadIdx.x % 32 == 0) {
         kernel.produce();
       }

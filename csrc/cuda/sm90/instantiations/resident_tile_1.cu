@@ -1,8 +1,0 @@
-#include "../resident_launch.cuh"
-
-namespace int8_ops::cuda::sm90 {
-INT8_OPS_RESIDENT_TILE(1, Source::kInt8);
-INT8_OPS_RESIDENT_TILE(1, Source::kFloat16);
-INT8_OPS_RESIDENT_TILE(1, Source::kBFloat16);
-INT8_OPS_RESIDENT_TILE(1, Source::kFloat32);
-}  // namespace int8_ops::cuda::sm90
