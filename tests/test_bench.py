@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +25,16 @@ from int8_ops._commands import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = "NVIDIA H100 80GB HBM3"
+
+
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # -- shapes and floors ----------------------------------------------------------------------------
@@ -483,6 +495,115 @@ def test_quantize_and_eager_calls_on_the_gpu(monkeypatch, tmp_path, device):
     data = json.loads(path.read_text())
     assert data["quantize"][0]["cuda"]["us"] > 0
     assert data["eager_us"]["INT8Linear(cuda)"] > 0
+
+
+# -- tables and plots -----------------------------------------------------------------------------
+
+
+def synthetic() -> dict[str, Any]:
+    """A record of an H100 with every suite, in which ours takes 1.2 times the floor."""
+    facts = {"device": H100, "torch": "2.11.0", "triton": None, "commit": "0123456789ab"}
+    facts |= {"copy_gb_per_s": 2980.0, "floor_int8_tops": 1979.0}
+    lines = []
+    for shape in dict.fromkeys((*LLAMA, *SMALL_M, *SWEEP_K)):
+        row = record.make_row(shape, {}, 2.98e12, 1979.0, H100)
+        us = {"cuda": 1.2 * row.floor_us, "bf16": 2 * row.floor_us, "mma.sync": 3 * row.floor_us}
+        us |= {"cuda mm": 1.1 * row.mm_floor_us, "mma.sync mm": 2 * row.mm_floor_us}
+        lines.append({**row.as_json(), "us": us})
+    quantized = {"us": 17.0, "gb_per_s": 2800.0, "percent_of_copy": 94.0}
+    return {
+        "facts": facts,
+        "linear": lines,
+        "quantize": [{"rows": 32768, "cols": 512, "cuda": quantized}],
+        "host_us": {"F.linear": 20.0, "INT8Linear(cuda)": 15.0},
+        "eager_us": {"F.linear": 44.0, "INT8Linear(cuda)": 24.0},
+    }
+
+
+def test_the_committed_tables_are_those_of_the_record(capsys):
+    assert script("readme_tables").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_tables_are_written_and_checked(tmp_path, monkeypatch, capsys):
+    tables = script("readme_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results" / "new").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "new" / "floor.png").touch()
+    path = tmp_path / "benchmarks" / "results" / "new.json"
+    path.write_text(json.dumps(synthetic()))
+    blocks = ("summary", "suites", "plots")
+    text = "".join(f"before\n<!-- bench {b} -->\nold\n<!-- end of bench {b} -->\n" for b in blocks)
+    for name in tables.FILES:
+        (tmp_path / name).write_text(text)
+    asked = ["--record", "benchmarks/results/new.json"]
+    assert tables.main([*asked, "--check"]) == 1
+    assert (tmp_path / "README.md").read_text() == text
+    assert "-old" in capsys.readouterr().out
+    assert tables.main(asked) == 0
+    assert tables.main([*asked, "--check"]) == 0
+    written = (tmp_path / "README.md").read_text()
+    assert written.count("before\n") == 3
+    assert "old" not in written.replace("threshold", "")
+    assert f"{H100}, torch 2.11.0, commit 0123456789ab, large copy 2.98 TB/s" in written
+    assert "| 32768, 128, 1024 | 30.5 | 50.8 | 1.67 | 83 |" in written
+    assert "| 30.5 | 50.8 | 1.67 | 83 | 25.4 | 29 missed | 76.1 |" in written
+    for name in LINEAR_SUITES:
+        assert f"**`{name}`**" in written
+    assert "`INT8Linear` 24.0 us, `F.linear` 44.0 us" in written
+    assert "![floor](results/new/floor.png)" in written
+
+
+def test_a_block_without_its_end_is_an_error():
+    tables = script("readme_tables")
+    with pytest.raises(ValueError, match="not ended"):
+        tables.rendered("<!-- bench suites -->\n", synthetic(), Path("x.json"))
+    with pytest.raises(ValueError, match="no block is called 'x'"):
+        tables.rendered("<!-- bench x -->\n<!-- end of bench x -->", synthetic(), Path("x.json"))
+
+
+def test_a_suite_of_which_only_shared_shapes_were_measured_was_not_run():
+    data = synthetic()
+    data["linear"] = data["linear"][: len(LLAMA)]
+    found = record.rows(data)
+    assert len(record.of_suite(found, "llama")) == len(LLAMA)
+    assert record.of_suite(found, "small_m") == []
+    assert record.of_suite(found, "sweep_k") == []
+    everything = record.rows(synthetic())
+    assert [row.shape for row in record.of_suite(everything, "sweep_k")] == list(SWEEP_K)
+
+
+@pytest.mark.parametrize("part", ["whole", "llama alone", "no mma.sync, no peak"])
+def test_plots(part, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plot = script("plot")
+    data = synthetic()
+    names = {"floor", "roofline", "speedup", "small_m"}
+    if part == "llama alone":
+        data["linear"] = data["linear"][: len(LLAMA)]
+        names = {"floor", "roofline"}
+    if part == "no mma.sync, no peak":
+        data["facts"]["floor_int8_tops"] = None
+        data["facts"]["device"] = "another"
+        for line in data["linear"]:
+            line["us"] = {name: line["us"][name] for name in ("cuda", "bf16")}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(data))
+    assert plot.main([str(path), str(tmp_path / "plots")]) == 0
+    files = {found.stem: found.read_bytes() for found in (tmp_path / "plots").iterdir()}
+    assert set(files) == names
+    for content in files.values():
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
+    if part == "llama alone":
+        assert "speedup: not drawn" in capsys.readouterr().out
+
+
+def test_nothing_to_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    data = {**synthetic(), "linear": []}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(data))
+    assert script("plot").main([str(path), str(tmp_path / "plots")]) == 1
 
 
 def test_bench_is_a_command():
