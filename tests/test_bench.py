@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from int8_ops import cli
-from int8_ops._bench import cuda, peers, record, report, shapes
+from int8_ops._bench import cuda, peers, record, report, shapes, timing
 from int8_ops._bench.peers import Mismatch, Peer
 from int8_ops._bench.shapes import LINEAR_SUITES, LLAMA, SMALL_M, SUITES, SWEEP_K, Shape
 from int8_ops._bench.timing import Captured, Deadline, GraphTimer
@@ -315,6 +317,7 @@ def test_a_whole_run(tiny, tmp_path, capsys):
 
     assert data["not_run"] == []
     assert data["failures"] == []
+    assert list(data["seconds"]) == list(SUITES)
     assert data["facts"]["commit"] == "abc"
     assert data["facts"]["replays"] == 15
     assert data["facts"]["clocks.sm (after)"] == "1980 MHz"
@@ -470,6 +473,137 @@ def test_the_script_is_the_command():
     assert "python -m int8_ops bench" in result.stderr
 
 
+# -- the timer of a GPU, on a stand-in for torch.cuda ---------------------------------------------
+
+
+class FakeCuda:
+    """What GraphTimer uses of torch.cuda: every event is 3 ms after the one before."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.milliseconds = 0.0
+        self.allocated = 0
+        owner = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                owner.milliseconds += 3.0
+                self.at = owner.milliseconds
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                owner.log.append("replay")
+
+        self.Event = Event
+        self.CUDAGraph = CUDAGraph
+
+    def current_stream(self) -> FakeCuda:
+        return self
+
+    Stream = current_stream
+
+    def wait_stream(self, other: FakeCuda) -> None:
+        pass
+
+    def stream(self, stream: FakeCuda) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.log.append("begin")
+        yield
+        self.log.append("end")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.allocated
+
+    def empty_cache(self) -> None:
+        self.log.append("empty")
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return SimpleNamespace(L2_cache_size=50 << 20)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch) -> FakeCuda:
+    fake = FakeCuda()
+    for name in (
+        *("Event", "CUDAGraph", "Stream", "current_stream", "stream", "graph", "synchronize"),
+        *("memory_allocated", "empty_cache", "get_device_properties"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def test_a_capture_warms_up_and_keeps_every_output(fake_cuda):
+    def call(i: int) -> int:
+        fake_cuda.log.append(str(i))
+        return i
+
+    captured = GraphTimer(torch.device("cpu")).capture(
+        [functools.partial(call, i) for i in range(4)]
+    )
+    assert fake_cuda.log == [*"01", "wait", "begin", *"0123", "end", "replay", "wait"]
+    assert captured.outputs == [0, 1, 2, 3]
+
+
+def test_replays_are_interleaved_and_timed_a_call(fake_cuda):
+    log: list[str] = []
+    captured = [Captured(lambda: log.append("a"), [0] * 10), Captured(lambda: log.append("b"), [0])]
+    GraphTimer(torch.device("cpu")).time_interleaved(captured, 3)
+    assert log == [*"ababab"]
+    assert captured[0].us == pytest.approx([300.0] * 3)  # 3 ms for 10 calls
+    assert captured[1].median_us == pytest.approx(3000.0)
+
+
+def test_bandwidth_counts_bytes_read_and_written(fake_cuda, monkeypatch):
+    monkeypatch.setattr(timing, "COPY_BYTES", 3_000_000)
+    assert GraphTimer(torch.device("cpu")).copy_bytes_per_s(3) == pytest.approx(2e9)
+
+
+@pytest.mark.parametrize(("bytes_per_set", "sets"), [(1 << 30, 2), (50 << 20, 3), (1 << 20, 101)])
+def test_sets_push_twice_the_cache_between_two_uses(bytes_per_set, sets, fake_cuda):
+    assert GraphTimer(torch.device("cpu")).input_sets(bytes_per_set) == sets
+
+
+def test_eager_calls_wait_once_a_round(fake_cuda):
+    made: list[str] = []
+    calls = {name: [functools.partial(made.append, name + i) for i in "01"] for name in "ab"}
+    us = GraphTimer(torch.device("cpu")).eager_us(calls, 2)
+    assert set(us) == {"a", "b"}
+    assert all(value > 0 for value in us.values())
+    assert len(made) == 2 * 3 * timing.EAGER_CALLS  # one round to warm up
+    assert made[:2] == ["a0", "a1"]
+    assert fake_cuda.log == ["wait"] * (2 * 2 * 3)
+
+
+def test_host_calls_do_not_wait_for_the_device_each(fake_cuda):
+    made: list[str] = []
+    us = GraphTimer(torch.device("cpu")).host_us({"a": functools.partial(made.append, "a")}, 100)
+    assert us["a"] > 0
+    assert len(made) == 300
+    assert fake_cuda.log == ["wait"] * 6
+
+
+def test_release_empties_the_cache(fake_cuda):
+    for allocated in (0, 1 << 30):
+        fake_cuda.allocated = allocated
+        GraphTimer(torch.device("cpu")).release()
+    assert fake_cuda.log == ["empty"] * 2
+
+
 # -- the GPU --------------------------------------------------------------------------------------
 
 
@@ -485,9 +619,8 @@ def test_a_quick_run_on_the_gpu(shape, tmp_path):
 
 
 @pytest.mark.gpu
-def test_quantize_and_eager_calls_on_the_gpu(monkeypatch, tmp_path, device):
-    if device.type != "cuda":
-        pytest.skip("the stand-in has run this")
+def test_quantize_and_eager_calls_on_the_gpu(monkeypatch, tmp_path):
+    device = torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setattr(cuda, "QUANTIZE", ((512, 512),))
     path = tmp_path / "gpu.json"
     options = cuda.Options(suites=("quantize", "host"), quick=True, json=path)

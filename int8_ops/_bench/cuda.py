@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Work:
 class Task:
     """A suite: what it is to measure, by name, and how; ``measure`` strikes out what is done."""
 
+    suite: str
     items: list[str]
     measure: Callable[[], None]
 
@@ -149,6 +151,9 @@ class Run:
         self.failures: list[str] = []
         # What is left, in order; each is struck out when it is done.
         self.not_run: list[str] = []
+        # What each suite took, compiling and tuning included.
+        self.seconds: dict[str, float] = {}
+        self.record.data["seconds"] = self.seconds
         self.record.data["not_run"] = self.not_run
         self.record.data["failures"] = self.failures
 
@@ -161,7 +166,9 @@ class Run:
         for task in tasks:
             if self.deadline.is_over():
                 break
+            begin = time.monotonic()
             task.measure()
+            self.seconds[task.suite] = round(time.monotonic() - begin, 1)
             self._note_clocks()
         self._finish()
         return 1 if self.failures else 0
@@ -173,16 +180,18 @@ class Run:
         backends = [peer.name for peer in fast or own]
         others = {
             "quantize": Task(
+                "quantize",
                 [f"quantize {rows}, {cols}" for rows, cols in self._quantize_shapes()],
                 functools.partial(self._quantize, backends),
             ),
-            "host": Task(["host", "eager"], functools.partial(self._host, backends)),
+            "host": Task("host", ["host", "eager"], functools.partial(self._host, backends)),
         }
         tasks = []
         for name in ("shapes", *SUITES):
             if name in work:
                 items = [str(shape) for shape in work[name].shapes]
-                tasks.append(Task(items, functools.partial(self._linear, work[name], present)))
+                measure = functools.partial(self._linear, work[name], present)
+                tasks.append(Task(name, items, measure))
             elif name in self.options.suites and backends and not self.options.shapes:
                 tasks.append(others[name])
         return tasks
@@ -215,6 +224,8 @@ class Run:
         report.print_summary(self.rows)
         for failure in self.failures:
             print(f"FAILED: {failure}")
+        took = ", ".join(f"{suite} {seconds:.0f}" for suite, seconds in self.seconds.items())
+        print(f"seconds taken: {took}")
         if self.not_run:
             print(f"the time budget is spent; not run: {'; '.join(self.not_run)}")
         self.record.save()

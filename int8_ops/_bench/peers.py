@@ -157,7 +157,7 @@ def _compiled_int_mm() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _forget_compiled() -> None:
     # A function is compiled for so many shapes and no more; each shape here begins afresh.
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def _int_mm_takes(shape: Shape) -> bool:
