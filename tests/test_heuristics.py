@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from int8_ops import _extension
+from int8_ops._bench.shapes import LLAMA
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = _extension.build_info.require()
@@ -19,8 +20,8 @@ TILES: list[dict] = BUILD.gemm_tiles()
 H200 = (132, 232_448)
 DEVICES = {"H200": H200, "A100": (108, 166_912), "L4": (58, 101_376), "RTX 4090": (128, 101_376)}
 
-# benchmarks/bench_linear.py's shapes, M, K, N, with the tile and the split an H200 gets. A change
-# of the cost model that changes one of these must be a measured one.
+# The benchmark's suite llama, M, K, N, with the tile and the split an H200 gets. A change of the
+# cost model that changes one of these must be a measured one.
 GOLDEN = {
     (32768, 128, 1024): "128x128x128 warps 2x2x1 stages 3 split 1",
     (32768, 256, 1024): "128x128x128 warps 2x2x1 stages 3 split 1",
@@ -70,12 +71,7 @@ def test_golden_choice(shape: tuple[int, int, int], text: str) -> None:
 
 
 def test_golden_shapes_are_the_benchmarks() -> None:
-    source = (ROOT / "benchmarks" / "bench_linear.py").read_text()
-    block = source.split("\nSHAPES = [")[1].split("\n]\n")[0]
-    shapes = [
-        tuple(map(int, found)) for found in re.findall(r"Shape\((\d+), (\d+), (\d+)\)", block)
-    ]
-    assert shapes == list(GOLDEN)
+    assert list(LLAMA) == list(GOLDEN)
 
 
 def test_every_tile_has_one_instantiation() -> None:
