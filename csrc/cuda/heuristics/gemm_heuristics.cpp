@@ -254,7 +254,10 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
   }
   for (int32_t t = 0; t < num_tiles(GemmPath::kStream); ++t) {
     if (!why_not_served(GemmPath::kStream, t, problem, device).empty()) continue;
-    add(GemmPath::kStream, t, 1, false, stream_cost(problem, device, t));
+    // The helping warps count rows, and rows beyond theirs, in 32 bits.
+    if (!quantizes || problem.m <= (int64_t{1} << 30)) {
+      add(GemmPath::kStream, t, 1, false, stream_cost(problem, device, t));
+    }
     if (quantizes) add(GemmPath::kStream, t, 1, true, stream_cost(given, device, t));
   }
   if (plans.empty()) {
