@@ -1,4 +1,4 @@
-"""The command line, ``python -m int8_ops``: ``demo``, ``check`` and ``info``.
+"""The command line, ``python -m int8_ops``: ``demo``, ``check``, ``bench`` and ``info``.
 
 A subcommand is a module of ``int8_ops._commands`` with ``add_arguments(parser)`` and
 ``run(args) -> int``, the exit code; the first paragraph of its docstring is its help.
@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from ._commands import CommandError, check, demo, info
+from ._commands import CommandError, bench, check, demo, info
 from ._version import __version__
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "check": check, "info": info}
+COMMANDS: dict[str, ModuleType] = {"demo": demo, "check": check, "bench": bench, "info": info}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command named by ``argv`` (default: the process's own) and return its exit code.
 
-    0: done; 1: ``check`` found something off; 2: the command could not be carried out as asked.
+    0: done; 1: ``check`` or ``bench`` found something off; 2: the command could not be carried out
+    as asked.
     """
     args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run

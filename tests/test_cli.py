@@ -58,7 +58,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     told = capsys.readouterr().out
-    assert all(f"\n    {name} " in told for name in ("demo", "check", "info"))
+    assert all(f"\n    {name} " in told for name in ("demo", "check", "bench", "info"))
 
 
 def test_tables_are_aligned():

@@ -131,8 +131,8 @@ def test_compiles_without_warnings(source: str, arch: str, compiled: dict) -> No
     unit = compiled[source, arch]
     assert unit.status == 0, unit.log
     assert not re.search(r"\bwarning\b", unit.log, re.IGNORECASE), unit.log
-    # What ptxas does to wgmma that it does not follow, and calls an information.
-    assert "serialized" not in unit.log, unit.log
+    # What ptxas calls an information: wgmma it has to serialize, registers it does not hand over.
+    assert "Potential Performance Loss" not in unit.log, unit.log
 
 
 @every_unit
