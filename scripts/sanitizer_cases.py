@@ -61,8 +61,8 @@ def offset_copy(t: Tensor, elements: int) -> Tensor:
 
 
 def gemm(tile: int, splits: int, m: int, n: int, k: int, offset: int = 0) -> Iterator[Outcome]:
-    """int8_mm and int8_scaled_mm through one tile, [m, k] times [n, k] transposed."""
-    os.environ[FORCE] = f"{tile}:{splits}"
+    """int8_mm and int8_scaled_mm through one sm80 tile, [m, k] times [n, k] transposed."""
+    os.environ[FORCE] = f"sm80:{tile}:{splits}"
     a, w = integers(m, k), integers(n, k)
     a_scale, w_scale = torch.rand(m, 1) + 0.1, torch.rand(n, 1) + 0.1
     dtype = DTYPES[(tile + splits) % 3]
@@ -80,7 +80,7 @@ def gemm(tile: int, splits: int, m: int, n: int, k: int, offset: int = 0) -> Ite
 
 
 def gemm_cases() -> Iterator[Outcome]:
-    """Every tile: aligned or not, split or not, a tile a block or several."""
+    """Every sm80 tile: aligned or not, split or not, a tile a block or several."""
     properties = torch.cuda.get_device_properties(DEVICE)
     for index, tile in enumerate(_extension.build_info.require().gemm_tiles()):
         if tile["shared_bytes"] > properties.shared_memory_per_block_optin:
@@ -146,6 +146,96 @@ def dequantize_cases() -> Iterator[Outcome]:
                 yield where, got, reference.dequantize(q, scale, dtype)
 
 
+def forced(
+    plan: str, m: int, n: int, k: int, x_dtype: torch.dtype | None, variant: int
+) -> Iterator[Outcome]:
+    """int8_linear of x through a plan; without a dtype int8_scaled_mm, and int8_mm."""
+    w, w_scale = integers(n, k), torch.rand(n, 1) * 0.01 + 0.001
+    out_dtype = DTYPES[variant % 3]
+    bias = None if variant % 4 == 0 else torch.randn(n).to(DTYPES[variant % 4 - 1])
+    epilogue = w_scale.to(DEVICE), None if bias is None else bias.to(DEVICE), out_dtype
+    where = f"{plan} [{m}, {n}, {k}] {x_dtype} to {out_dtype}"
+    os.environ[FORCE] = plan
+    if x_dtype is None:
+        a, a_scale = integers(m, k), torch.rand(m, 1) + 0.1
+        here = a.to(DEVICE), w.to(DEVICE)
+        product = reference.int8_mm(a, w)
+        yield f"int8_mm {where}", ops.int8_mm(*here), product
+        expected = reference.epilogue(product, a_scale, w_scale, bias, out_dtype)
+        got = ops.int8_scaled_mm(*here, a_scale.to(DEVICE), *epilogue)
+        yield f"int8_scaled_mm {where}", got, expected
+    else:
+        x = special(m, k, x_dtype)
+        got = ops.int8_linear(x.to(DEVICE), w.to(DEVICE), *epilogue)
+        yield f"int8_linear {where}", got, reference.int8_linear(x, w, w_scale, bias, out_dtype)
+    del os.environ[FORCE]
+
+
+SOURCES = (None, *DTYPES)
+
+
+def skinny_cases() -> Iterator[Outcome]:
+    """Every tile and source of rows: rests on all sides, several tiles a block, a pass before."""
+    properties = torch.cuda.get_device_properties(DEVICE)
+    limit = properties.shared_memory_per_block_optin
+    # Two batches of x a row; and few enough bytes for every tile of any device.
+    for index, tile in enumerate(_extension.build_info.require().skinny_tiles(m=64, k=1040)):
+        if tile["shared_bytes"] > limit:
+            print(f"left out: skinny tile {index} needs more shared memory than this device has")
+            continue
+        plan = f"skinny:{index}:1"
+        rows, cols = tile["rows"], tile["cols"]
+        for variant, source in enumerate(SOURCES):
+            yield from forced(plan, rows + 3, 2 * cols + 3, 1040, source, variant)
+            yield from forced(plan, rows, cols + 8, 144, source, variant + index)
+        yield from forced(f"{plan}:pass", 3, cols, 208, torch.bfloat16, index)
+        blocks = tile["blocks_per_sm"] * properties.multi_processor_count
+        yield from forced(plan, 1, (blocks + 2) * cols + 8, 16, torch.float16, index)
+
+
+def why_no_hopper() -> str:
+    """Why this process can't run the paths resident and stream, or an empty text."""
+    archs = _extension.build_info.require().info()["cuda_archs"].split(";")
+    if not {"9.0a", "9.0a+PTX"} & set(archs):
+        return "the build has no code for 9.0a"
+    if torch.cuda.get_device_capability(DEVICE) != (9, 0):
+        return "this device is not of capability 9.0"
+    if os.environ.get("CUDA_FORCE_PTX_JIT", "0") != "0":
+        return "CUDA_FORCE_PTX_JIT leaves out the code for 9.0a"
+    return ""
+
+
+def hopper_cases() -> Iterator[Outcome]:
+    """Every tile and source of rows, a pass before or not; the ring of stages goes round."""
+    if why_no_hopper():
+        print(f"left out: the paths resident and stream; {why_no_hopper()}")
+        return
+    build = _extension.build_info.require()
+    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    for index, tile in enumerate(build.resident_tiles()):
+        cols = tile["block_n"]
+        for variant, source in enumerate(SOURCES):
+            yield from forced(f"resident:{index}:1", 133, 4 * cols + 8, 528, source, variant)
+            yield from forced(f"resident:{index}:3", 70, 2 * cols + 24, 1024, source, variant + 1)
+            yield from forced(f"resident:{index}:1", 5, 72, 144, source, variant + 2)
+        yield from forced(f"resident:{index}:1:pass", 133, cols + 8, 528, torch.bfloat16, 1)
+        # A second set of rows for some blocks.
+        rows = 128 * multiprocessors + 133
+        for source in (None, torch.bfloat16):
+            yield from forced(f"resident:{index}:1", rows, 24, 16, source, 2)
+    for index, tile in enumerate(build.stream_tiles()):
+        cols = tile["block_n"] * tile["cluster_n"]
+        for variant, source in enumerate(SOURCES):
+            yield from forced(f"stream:{index}:1", 133, cols + 8, 2064, source, variant)
+            yield from forced(f"stream:{index}:1", 300, 72, 528, source, variant + 1)
+            yield from forced(f"stream:{index}:1", 5, 24, 144, source, variant + 2)
+            if source is not None:
+                yield from forced(f"stream:{index}:1:pass", 133, cols + 8, 1040, source, variant)
+        rows = 128 * multiprocessors + 133
+        for source in (None, torch.bfloat16):
+            yield from forced(f"stream:{index}:1", rows, 2 * cols + 8, 16, source, 2)
+
+
 def linear_cases() -> Iterator[Outcome]:
     """int8_linear as the heuristics run it: few rows, a split, many rows, unaligned rows."""
     for dtype in DTYPES:
@@ -170,7 +260,15 @@ def main() -> int:
     os.environ.pop(FORCE, None)
     cases = 0
     wrong = 0
-    for group in (quantize_cases, dequantize_cases, gemm_cases, linear_cases):
+    groups = (
+        quantize_cases,
+        dequantize_cases,
+        gemm_cases,
+        skinny_cases,
+        hopper_cases,
+        linear_cases,
+    )
+    for group in groups:
         for what, got, expected in group():
             cases += 1
             if not same_bits(got, expected):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ SOURCES = [str(path.relative_to(CUDA)) for path in sorted(CUDA.rglob("*.cu"))]
 ARCHS = ("sm_80", "sm_90a")
 JOBS = 2
 REGISTERS_PER_SM = 65_536
+BUILD = _extension.build_info.require()
+# Kernels of a tile: of each dtype that x may have, or int8; for each of these a 16-bit or a float32
+# result, and int32 sums of int8 alone.
+SKINNY_SOURCES = {"a", "f", "6__half", "13__nv_bfloat16"}
+HOPPER_VARIANTS = {(source, out) for source in range(4) for out in range(3)} | {(0, 3)}
+HOPPER_TILES = {"resident": BUILD.resident_tiles(), "stream": BUILD.stream_tiles()}
 
 
 def find_nvcc() -> str | None:
@@ -95,6 +102,25 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         return dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
 
 
+def hopper_kernels(names: Iterable[str], path: str) -> dict[tuple[int, int, int], str]:
+    """(tile, source of rows, dtype of results) -> mangled name."""
+    pattern = rf"{path}_kernelILi(\d+)ELNS1_6SourceE(\d)ELNS_5DTypeE(\d)E"
+    found = {name: re.search(pattern, name) for name in names}
+    return {tuple(map(int, hit.groups())): name for name, hit in found.items() if hit}
+
+
+def skinny_kernels(names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """(tile, T of the rows) -> mangled name."""
+    pattern = r"skinny_kernelILi(\d+)E(.+?)EEvNS"
+    found = {name: re.search(pattern, name) for name in names}
+    return {(int(hit.group(1)), hit.group(2)): name for name, hit in found.items() if hit}
+
+
+def whole(registers: int) -> int:
+    """As the hardware hands them out, a thread."""
+    return -(-registers // 8) * 8
+
+
 every_unit = pytest.mark.parametrize(
     ("source", "arch"), [(source, arch) for source in SOURCES for arch in ARCHS]
 )
@@ -105,6 +131,8 @@ def test_compiles_without_warnings(source: str, arch: str, compiled: dict) -> No
     unit = compiled[source, arch]
     assert unit.status == 0, unit.log
     assert not re.search(r"\bwarning\b", unit.log, re.IGNORECASE), unit.log
+    # What ptxas calls an information: wgmma it has to serialize, registers it does not hand over.
+    assert "Potential Performance Loss" not in unit.log, unit.log
 
 
 @every_unit
@@ -124,7 +152,7 @@ def test_nothing_spills(source: str, arch: str, compiled: dict) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_tile_is_compiled(arch: str, compiled: dict) -> None:
     """Each tile's kernels stand in its own file, and a block of them fits the register file."""
-    for index, tile in enumerate(_extension.build_info.require().gemm_tiles()):
+    for index, tile in enumerate(BUILD.gemm_tiles()):
         kernels = compiled[f"sm80/instantiations/gemm_tile_{index}.cu", arch].kernels()
         found = {
             (int(i), int(aligned)): count
@@ -135,7 +163,44 @@ def test_every_tile_is_compiled(arch: str, compiled: dict) -> None:
         assert set(found) == expected
         assert len(kernels) == len(expected)
         for registers in found.values():
-            assert -(-registers // 8) * 8 * tile["threads"] <= REGISTERS_PER_SM
+            assert whole(registers) * tile["threads"] <= REGISTERS_PER_SM
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_skinny_tile_is_compiled(arch: str, compiled: dict) -> None:
+    """And so many blocks fit a multiprocessor as the tile says."""
+    registers = compiled["skinny/skinny.cu", arch].kernels()
+    kernels = skinny_kernels(registers)
+    tiles = BUILD.skinny_tiles()
+    assert set(kernels) == {(i, source) for i in range(len(tiles)) for source in SKINNY_SOURCES}
+    assert len(registers) == len(kernels)
+    for (index, _), name in kernels.items():
+        threads = tiles[index]["threads"] * tiles[index]["blocks_per_sm"]
+        assert whole(registers[name]) * threads <= REGISTERS_PER_SM, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("path", HOPPER_TILES)
+def test_every_hopper_tile_is_compiled(path: str, arch: str, compiled: dict) -> None:
+    """For every source of rows and every result; what is not for sm_90a is empty."""
+    folder = "sm90/instantiations/"
+    registers = {
+        name: count
+        for source in SOURCES
+        if source.startswith(f"{folder}{path}_tile_")
+        for name, count in compiled[source, arch].kernels().items()
+    }
+    kernels = hopper_kernels(registers, path)
+    tiles = HOPPER_TILES[path]
+    assert set(kernels) == {(i, *variant) for i in range(len(tiles)) for variant in HOPPER_VARIANTS}
+    assert len(registers) == len(kernels)
+    for (index, _, _), name in kernels.items():
+        if arch == "sm_90a":
+            # A warpgroup that multiplies takes more than this, and gets it from the others.
+            assert whole(registers[name]) * tiles[index]["threads"] <= REGISTERS_PER_SM, name
+            assert registers[name] >= 128, name
+        else:
+            assert registers[name] <= 32, name
 
 
 # ---- the built library --------------------------------------------------------------------------
@@ -218,19 +283,60 @@ def test_default_build_serves_8_0_9_0_and_newer(cuobjdump) -> None:
     assert "sm_80.ptx" in cuobjdump("--list-ptx")
 
 
-def test_gemm_multiplies_on_tensor_cores(cuobjdump) -> None:
-    """Every GEMM kernel multiplies with m16n8k32 on int8, and none uses local memory."""
+@pytest.fixture(scope="module")
+def sass(cuobjdump) -> dict[str, dict[str, str]]:
+    """Architecture -> mangled name -> instructions, of every kernel in the library."""
+    result = {}
     for arch in sorted(names(built_archs())):
-        sass = cuobjdump("--dump-sass", "--gpu-architecture", arch)
-        kernels = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
+        text = cuobjdump("--dump-sass", "--gpu-architecture", arch)
+        result[arch] = dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
+    return result
+
+
+def test_no_kernel_uses_local_memory(sass: dict[str, dict[str, str]]) -> None:
+    for arch, kernels in sass.items():
+        assert kernels, arch
+        for name, code in kernels.items():
+            assert re.search(r"\b(LDL|STL)\b", code) is None, f"{arch}: {name}"
+
+
+def test_gemm_multiplies_on_tensor_cores(sass: dict[str, dict[str, str]]) -> None:
+    """Every sm80 kernel multiplies with m16n8k32 on int8."""
+    for arch, kernels in sass.items():
         gemms = [name for name in kernels if "11gemm_kernel" in name]
-        tiles = _extension.build_info.require().gemm_tiles()
-        assert len(gemms) == sum(1 + tile["serves_unaligned"] for tile in tiles)
+        assert len(gemms) == sum(1 + tile["serves_unaligned"] for tile in BUILD.gemm_tiles())
         for name in gemms:
             assert re.search(r"\bIMMA\.16832\.S8\.S8\b", kernels[name]), f"{arch}: {name}"
             assert re.search(r"\bLDSM\b", kernels[name]), f"{arch}: {name}"
-            local = re.search(r"\b(LDL|STL)\b", kernels[name])
-            assert local is None, f"{arch}: {name} uses local memory"
+
+
+def test_skinny_multiplies_on_tensor_cores(sass: dict[str, dict[str, str]]) -> None:
+    for arch, kernels in sass.items():
+        found = skinny_kernels(kernels)
+        assert len(found) == len(BUILD.skinny_tiles()) * len(SKINNY_SOURCES)
+        for name in found.values():
+            assert re.search(r"\bIMMA\.16832\.S8\.S8\b", kernels[name]), f"{arch}: {name}"
+
+
+@pytest.mark.parametrize("path", HOPPER_TILES)
+def test_hopper_multiplies_by_wgmma(path: str, sass: dict[str, dict[str, str]]) -> None:
+    """In sm_90a, as wide as the tile; elsewhere there is nothing in those kernels."""
+    for arch, kernels in sass.items():
+        found = hopper_kernels(kernels, path)
+        assert len(found) == len(HOPPER_TILES[path]) * len(HOPPER_VARIANTS), arch
+        for (index, source, _), name in found.items():
+            code = kernels[name]
+            where = f"{arch}: {name}"
+            assert re.search(r"\bIMMA\b", code) is None, where
+            if arch != "sm_90a":
+                assert "IGMMA" not in code, where
+                assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)) <= 32, where
+                continue
+            width = HOPPER_TILES[path][index]["block_n"]
+            shapes = set(re.findall(r"\bIGMMA\.\S+?(?=\s)", code))
+            assert shapes == {f"IGMMA.64x{width}x32.S8.S8"}, where
+            assert re.search(r"\bUTMALDG\.2D", code), where
+            assert bool(re.search(r"\bFFMA\b", code)) == (source != 0), where  # to quantize
 
 
 def test_library_links_no_gemm_library(library: Path) -> None:

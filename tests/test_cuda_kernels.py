@@ -1,6 +1,7 @@
 """The CUDA kernels bit for bit: every tile, split, width and alignment; streams, graphs, threads.
 
-test_backends.py tries the ops as the heuristics run them; here each path is forced.
+test_backends.py tries the ops as the heuristics run them; here each tile of the path sm80 is
+forced. test_skinny.py and test_hopper.py force those of the other paths.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TILES: list[dict] = _extension.build_info.require().gemm_tiles()
 SPLITS = (1, 2, 3, 8)
 FORCE = "INT8_OPS_GEMM_CONFIG"
+PATH = "INT8_OPS_GEMM_PATH"
+PATHS: list[str] = _extension.build_info.require().gemm_paths()
 ops = torch.ops.int8_ops
 
 pytestmark = [
@@ -146,7 +149,7 @@ def test_gemm_of_aligned_rows(
     tile: int, splits: int, name: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unless_it_fits(tile)
-    monkeypatch.setenv(FORCE, f"{tile}:{splits}")
+    monkeypatch.setenv(FORCE, f"sm80:{tile}:{splits}")
     for i, shape in enumerate(ALIGNED[name]):
         check_gemm(f"tile {tile} split {splits}", *shape, cuda, [SOME_EPILOGUES[i % 3]])
 
@@ -158,10 +161,12 @@ def test_gemm_of_unaligned_rows(
     tile: int, splits: int, name: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unless_it_fits(tile)
-    monkeypatch.setenv(FORCE, f"{tile}:{splits}")
+    monkeypatch.setenv(FORCE, f"sm80:{tile}:{splits}")
     if not takes_unaligned(tile):
         a, w, _ = integers(*UNALIGNED[name][-1])
-        with pytest.raises(RuntimeError, match=r"takes no rows that start unaligned \(K = \d+\)"):
+        with pytest.raises(
+            RuntimeError, match=r"K = \d+, but it takes no rows that start unaligned"
+        ):
             ops.int8_mm(a.to(cuda), w.to(cuda))
         return
     for i, shape in enumerate(UNALIGNED[name]):
@@ -175,7 +180,7 @@ def test_every_epilogue(
     tile: int, splits: int, n: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_unless_it_fits(tile)
-    monkeypatch.setenv(FORCE, f"{tile}:{splits}")
+    monkeypatch.setenv(FORCE, f"sm80:{tile}:{splits}")
     check_gemm(f"tile {tile} split {splits}", 70, n, 4096, cuda, ALL_EPILOGUES)
 
 
@@ -187,7 +192,7 @@ def test_largest_sums(
 ) -> None:
     """-128 x -128 and -128 x 127 over the longest K: the last sum that int32 holds."""
     skip_unless_it_fits(tile)
-    monkeypatch.setenv(FORCE, f"{tile}:{splits}")
+    monkeypatch.setenv(FORCE, f"sm80:{tile}:{splits}")
     lengths = [reference.MAX_K // 16 * 16]
     if takes_unaligned(tile):
         lengths.append(reference.MAX_K)
@@ -202,7 +207,7 @@ def test_blocks_take_several_tiles(
 ) -> None:
     """More output tiles than blocks that are resident, with rests on both edges."""
     skip_unless_it_fits(tile)
-    monkeypatch.setenv(FORCE, f"{tile}:{1 if k == 144 else 2}")
+    monkeypatch.setenv(FORCE, f"sm80:{tile}:{1 if k == 144 else 2}")
     # At most three blocks a multiprocessor: more than two tiles each, where the cap allows.
     side = int((7 * torch.cuda.get_device_properties(cuda).multi_processor_count) ** 0.5) + 1
     m = min(side * TILES[tile]["block_m"] - 5, 2043)
@@ -212,7 +217,7 @@ def test_blocks_take_several_tiles(
 
 def test_more_splits_than_k_blocks(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     for tile in filter(fits, range(len(TILES))):
-        monkeypatch.setenv(FORCE, f"{tile}:64")
+        monkeypatch.setenv(FORCE, f"sm80:{tile}:64")
         check_gemm(f"tile {tile} split 64", 20, 40, 1040, cuda, SOME_EPILOGUES[:1])
 
 
@@ -222,7 +227,7 @@ def test_forced_plan_is_the_one_that_runs() -> None:
 import os, torch, int8_ops
 a = torch.ones((16, 4096), dtype=torch.int8, device="cuda")
 for tile, splits in {plans}:
-    os.environ[{FORCE!r}] = f"{{tile}}:{{splits}}"
+    os.environ[{FORCE!r}] = f"sm80:{{tile}}:{{splits}}"
     torch.ops.int8_ops.int8_mm(a, a)
 torch.cuda.synchronize()
 """
@@ -231,7 +236,7 @@ torch.cuda.synchronize()
     assert len(lines) == len(plans), run.stderr
     for (index, splits), line in zip(plans, lines, strict=True):
         tile = TILES[index]
-        assert line.startswith(f"{tile['block_m']}x{tile['block_n']}x{tile['block_k']} ")
+        assert line.startswith(f"sm80 {tile['block_m']}x{tile['block_n']}x{tile['block_k']} ")
         assert line.endswith(f"stages {tile['stages']} split {splits}")
 
 
@@ -248,17 +253,96 @@ def run_python(arguments: list[str], **env: str) -> subprocess.CompletedProcess[
     return run
 
 
-@pytest.mark.parametrize(
-    "text", [f"{len(TILES)}:1", "-1:1", "0:0", "0:-2", "3", "x", ":", "1:x", "1:1x"]
-)
-def test_bad_forced_plan(text: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def has_hopper() -> bool:
+    """Whether this device and this build have the paths resident and stream."""
+    archs = set(_extension.build_info.require().info()["cuda_archs"].split(";"))
+    return bool({"9.0a", "9.0a+PTX"} & archs) and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_by_its_name(path: str) -> None:
+    """The heuristics choose within it; a pass is printed, and forced where a plan asks for it."""
+    if path in ("resident", "stream") and not has_hopper():
+        pytest.skip("needs capability 9.0 and a build for 9.0a")
+    code = f"""
+import os, torch, int8_ops
+a = torch.ones((16, 512), dtype=torch.int8, device="cuda")
+scale = torch.ones((16, 1), device="cuda")
+ops = torch.ops.int8_ops
+ops.int8_mm(a, a)
+ops.int8_linear(a.half(), a, scale, None, None)
+os.environ[{FORCE!r}] = "{path}:0:1"
+ops.int8_linear(a.half(), a, scale, None, None)
+os.environ[{FORCE!r}] = "{path}:0:1:pass"
+ops.int8_linear(a.half(), a, scale, None, None)
+ops.int8_mm(a, a)
+torch.cuda.synchronize()
+"""
+    run = run_python(["-c", code], INT8_OPS_PRINT_CONFIG="1", **{PATH: path})
+    lines = re.findall(r"^int8_ops: gemm m 16 n 16 k 512: (.+)$", run.stderr, re.M)
+    assert len(lines) == 5, run.stderr
+    assert all(line.startswith(f"{path} ") for line in lines), lines
+    after = [line.endswith(" after quantize") for line in lines]
+    assert not after[0]
+    assert after[2:] == [path == "sm80", True, False], lines
+
+
+BAD_PLANS = {
+    # What it says after the variable's name.
+    "3": "form",
+    "x": "form",
+    ":": "form",
+    "3:1": "form",
+    "sm80": "form",
+    "sm80:0": "form",
+    "sm80:0:0": "form",
+    "sm80:0:-2": "form",
+    "sm80:1:x": "form",
+    "sm80:1:1x": "form",
+    "sm80:1:1:": "form",
+    "sm80:1:1:passes": "form",
+    f"sm80:{len(TILES)}:1": "tile",
+    "sm80:-1:1": "tile",
+    "sm90:0:1": "path",
+    ":0:1": "path",
+    "SM80:0:1": "path",
+}
+
+
+@pytest.mark.parametrize(("text", "wrong"), BAD_PLANS.items())
+def test_bad_forced_plan(
+    text: str, wrong: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(FORCE, text)
     a = torch.ones((16, 64), dtype=torch.int8, device=cuda)
-    expected = (
-        f'int8_ops: {FORCE} must be "tile:splits" with a tile of 0..{len(TILES) - 1}, got "{text}"'
-    )
+    known = ", ".join(PATHS)
+    expected = {
+        "form": f'must be "path:tile:splits" or "path:tile:splits:pass", got "{text}"',
+        "tile": f'must name a tile of 0..{len(TILES) - 1}, got "{text}"',
+        "path": f'names the path "{text.split(":")[0]}"; known are {known}',
+    }[wrong]
+    with pytest.raises(RuntimeError, match=re.escape(f"int8_ops: {FORCE} {expected}")):
+        ops.int8_mm(a, a)
+
+
+def test_bad_path(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATH, "sm90")
+    a = torch.ones((16, 64), dtype=torch.int8, device=cuda)
+    expected = f'int8_ops: {PATH} names the path "sm90"; known are {", ".join(PATHS)}'
     with pytest.raises(RuntimeError, match=re.escape(expected)):
         ops.int8_mm(a, a)
+
+
+def test_a_path_that_takes_no_such_problem(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATH, "skinny")
+    a = torch.ones((257, 64), dtype=torch.int8, device=cuda)
+    expected = f"{PATH}=skinny takes no problem of M = 257, N = 257, K = 64: it takes M up to 256"
+    with pytest.raises(RuntimeError, match=re.escape(expected)):
+        ops.int8_mm(a, a)
+    monkeypatch.setenv(PATH, "")
+    equal("any path", ops.int8_mm(a, a), reference.int8_mm(a.cpu(), a.cpu()))
 
 
 def test_heuristics_choose_without_a_forced_plan(
@@ -305,7 +389,7 @@ def test_offset_scales_and_bias(
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(FORCE, f"3:{splits}")
+    monkeypatch.setenv(FORCE, f"sm80:3:{splits}")
     a, w, product = integers(65, 136, 512)
     a_scale, w_scale, bias = factors(65, 136)
     bias = bias.to(dtype)
@@ -637,12 +721,14 @@ def test_every_kernel_in_a_process_of_its_own() -> None:
 def ptx_only() -> dict[str, str]:
     """The environment of a process that runs what a device newer than the machine code would run.
 
-    Torch's own kernels have no such PTX: nothing but copies may stand beside ours.
+    Torch's own kernels have no such PTX: nothing but copies may stand beside ours. On a device of
+    capability 9.0 the PTX has nothing for the paths resident and stream, which it would be asked
+    for there: the path is named.
     """
     archs = _extension.build_info.require().info()["cuda_archs"]
     if "+PTX" not in archs:
         pytest.skip(f"built for {archs}: no PTX")
-    return {"CUDA_FORCE_PTX_JIT": "1"}
+    return {"CUDA_FORCE_PTX_JIT": "1", PATH: "sm80"}
 
 
 def test_ptx_gives_the_same_bits(ptx_only: dict[str, str]) -> None:

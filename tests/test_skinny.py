@@ -14,10 +14,9 @@ import int8_ops  # noqa: F401  (registers the ops)
 from int8_ops import _extension, reference
 
 BUILD = _extension.build_info.require()
-# Of each: rows, warps_n, fixed_bytes, as in csrc/cuda/heuristics/skinny_tiles.h.
-TILES: list[dict] = BUILD.skinny_tiles() if hasattr(BUILD, "skinny_tiles") else []
+TILES: list[dict] = BUILD.skinny_tiles()
 FORCE = "INT8_OPS_GEMM_CONFIG"
-BLOCK_K = 64
+PATH = "INT8_OPS_GEMM_PATH"
 ops = torch.ops.int8_ops
 
 pytestmark = [
@@ -40,12 +39,14 @@ def cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def fits(tile: int, m: int, k: int) -> bool:
-    """As SkinnyTile::shared_bytes() has it."""
+@functools.cache
+def shared_limit() -> int:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    row = (-(-k // BLOCK_K) | 1) * BLOCK_K
-    needed = TILES[tile]["fixed_bytes"] + min(m, TILES[tile]["rows"]) * row
-    return needed <= properties.shared_memory_per_block_optin
+    return properties.shared_memory_per_block_optin
+
+
+def fits(tile: int, m: int, k: int) -> bool:
+    return BUILD.skinny_tiles(m=m, k=k)[tile]["shared_bytes"] <= shared_limit()
 
 
 def equal(what: object, got: Tensor, expected: Tensor) -> None:
@@ -129,10 +130,6 @@ def check(
     equal((*where, "mm"), ops.int8_mm(a.to(cuda), there[0]), reference.int8_mm(a, w))
 
 
-def test_tiles_are_listed() -> None:
-    assert TILES, "int8_ops._build has no skinny_tiles()"
-
-
 @every_tile
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_every_count_of_rows(
@@ -158,6 +155,19 @@ def test_every_dtype(
 
 @every_tile
 @every_dtype
+@pytest.mark.parametrize("m", [1, 13, 64])
+def test_a_pass_before(
+    tile: int, dtype: torch.dtype, m: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x is quantized by a kernel of its own, and the rows are given."""
+    monkeypatch.setenv(FORCE, f"skinny:{tile}:1:pass")
+    for n, k in SIZES:
+        if fits(tile, m, k):
+            check(tile, m, n, k, cuda, dtype, dtype, dtype)
+
+
+@every_tile
+@every_dtype
 @pytest.mark.parametrize(("m", "k"), [(1, 14336), (8, 14336), (16, 4096), (32, 4096), (64, 1024)])
 def test_rows_in_several_batches(
     tile: int,
@@ -172,6 +182,34 @@ def test_rows_in_several_batches(
         pytest.skip("more shared memory than a block has on this device")
     monkeypatch.setenv(FORCE, f"skinny:{tile}:1")
     check(tile, m, 48, k, cuda, dtype, None, dtype)
+
+
+@pytest.mark.parametrize("m", [65, 130, 255, 256])
+@every_tile
+def test_rows_up_to_the_most_there_may_be(
+    tile: int, m: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FORCE, f"skinny:{tile}:1")
+    for i, (n, k) in enumerate(SIZES):
+        if fits(tile, m, k):
+            check(tile, m, n, k, cuda, DTYPES[i % 3], None, DTYPES[(i + 1) % 3])
+
+
+def test_more_rows_are_refused(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, "skinny:0:1")
+    a = torch.ones((257, 64), dtype=torch.int8, device=cuda)
+    with pytest.raises(RuntimeError, match="M = 257, N = 257, K = 64, but it takes M up to 256"):
+        ops.int8_mm(a, a)
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 200])
+def test_columns_that_no_eight_divides(
+    m: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heuristics among this path's tiles."""
+    monkeypatch.setenv(PATH, "skinny")
+    for n, k in SIZES:
+        check("chosen", m, n + n % 2 + 1, k, cuda, torch.bfloat16, torch.float16, torch.bfloat16)
 
 
 @every_tile
