@@ -50,7 +50,8 @@ const Device& device_of(const ExecContext& ctx) {
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, id);
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, id);
     device.unsupported = why_not_runnable(INT8_OPS_BUILD_ARCHS, major, minor);
-    device.facts.sm90 = major == 9 && minor == 0 && holds_sm90a(INT8_OPS_BUILD_ARCHS);
+    device.facts.sm90 =
+        major == 9 && minor == 0 && holds_sm90a(INT8_OPS_BUILD_ARCHS) && sm90::has_code();
   });
   return device;
 }

@@ -215,6 +215,8 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
     if (kResidentTiles[tile].shared(problem.k, 1, device.shared_bytes_per_block).stages == 0) {
       return "it needs more shared memory";
     }
+  } else if (kStreamTiles[tile].shared(problem.k, device.shared_bytes_per_block).stages == 0) {
+    return "it needs more shared memory";
   }
   return "";
 }

@@ -71,7 +71,7 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
 // The cheapest plan.
 GemmPlan select_gemm_plan(const GemmProblem& problem, const DeviceFacts& device);
 
-// "128x256x128 warps 2x4x1 stages 3 split 1", as INT8_OPS_PRINT_CONFIG=1 prints it.
+// "sm80 128x256x128 warps 2x4x1 stages 3 split 1", as INT8_OPS_PRINT_CONFIG=1 prints it.
 std::string describe(const GemmPlan& plan);
 
 }  // namespace int8_ops::cuda

@@ -19,4 +19,14 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
+// The count before. PTX ISA: atom.relaxed.gpu.add.
+__device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value) {
+  uint32_t before = 0;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
 }  // namespace int8_ops::ptx

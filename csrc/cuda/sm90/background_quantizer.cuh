@@ -28,7 +28,6 @@ __device__ __forceinline__ void wait_for_rows(const GemmArgs& args, int32_t row)
   ptx::fence_proxy_async_all();
 }
 
-// One warp's part: groups of rows, every `warps`-th from `index` on.
 template <typename T>
 struct BackgroundQuantizer {
   // Chunks in a thread's registers.
@@ -36,8 +35,18 @@ struct BackgroundQuantizer {
 
   const GemmArgs& args;
   const T* x;
-  int32_t index;
-  int32_t warps;
+  int32_t warps;  // that draw
+
+  // The first row of the next round that nobody has; from args.m on where there is none. Drawn a
+  // round before it is used: the answer takes a while.
+  __device__ __forceinline__ int32_t draw(int32_t rows) const {
+    uint32_t ticket = 0;
+    if (threadIdx.x % 32 == 0) ticket = ptx::fetch_add(args.drawn, 1);
+    ticket = __shfl_sync(0xffffffffu, ticket, 0);
+    // Each warp draws two rounds too many at most: no wrap below 2^31 rows.
+    const int64_t row = static_cast<int64_t>(ticket) * rows;
+    return row < args.m ? static_cast<int32_t>(row) : args.m;
+  }
 
   // Rows first .. of `rows` are written: says so to all blocks.
   __device__ __forceinline__ void count(int32_t first, int32_t rows) const {
@@ -61,16 +70,17 @@ struct BackgroundQuantizer {
   __device__ __forceinline__ void run_held() const {
     using Round = RowRound<T, kLanes, kChunks, kHeld / kChunks>;
     static_assert(kCountedRows % Round::kRows == 0);
-    const int32_t step = warps * Round::kRows;
-    int32_t row = index * Round::kRows;
+    int32_t row = draw(Round::kRows);
+    int32_t next_row = draw(Round::kRows);
     int32_t done = args.m;  // rows that were written and not counted yet
     Round now;
     now.template load<true>(x, row, args.m, args.k, args.k);
 #pragma unroll 1
-    for (; row < args.m; row += step) {
+    while (row < args.m) {
       Round next;
-      next.template load<true>(x, row + step, args.m, args.k, args.k);
-      prefetch(row + 2 * step, Round::kRows);
+      next.template load<true>(x, next_row, args.m, args.k, args.k);
+      prefetch(next_row + warps * Round::kRows, Round::kRows);
+      const int32_t after = draw(Round::kRows);
       const auto factors = now.find_factors([&](int32_t r, float scale) {
         if (row + r < args.m) args.row_scales[row + r] = scale;
       });
@@ -82,6 +92,8 @@ struct BackgroundQuantizer {
       };
       now.quantize(factors, args.k, kLanes * kChunk, place_of);
       done = row;
+      row = next_row;
+      next_row = after;
       now = next;
     }
     count(done, Round::kRows);
@@ -94,10 +106,10 @@ struct BackgroundQuantizer {
     using Round = RowRound<T, 32, kChunks, kRows>;
     static_assert(kCountedRows % kRows == 0);
     constexpr int32_t kStep = 32 * kChunks * kChunk;
-    const int32_t step = warps * kRows;
 #pragma unroll 1
-    for (int32_t row = index * kRows; row < args.m; row += step) {
-      prefetch(row + step, kRows);
+    for (int32_t row = draw(kRows); row < args.m;) {
+      const int32_t next_row = draw(kRows);
+      prefetch(next_row, kRows);
       const auto load = [&](Round& round, int32_t col) {
         round.template load<true>(x + col, row, args.m, args.k, args.k - col);
       };
@@ -133,11 +145,12 @@ struct BackgroundQuantizer {
         now = next;
       }
       count(row, kRows);
+      row = next_row;
     }
   }
 
-  static __device__ __forceinline__ void run(const GemmArgs& args, int32_t index, int32_t warps) {
-    const BackgroundQuantizer quantizer{args, static_cast<const T*>(args.x), index, warps};
+  static __device__ __forceinline__ void run(const GemmArgs& args, int32_t warps) {
+    const BackgroundQuantizer quantizer{args, static_cast<const T*>(args.x), warps};
     if (args.k <= 128) {
       quantizer.template run_held<16, 1>();
     } else if (args.k <= 256) {

@@ -131,8 +131,7 @@ struct Consumer {
   }
 };
 
-// The factors of a tile come with its last K-block: bytes that count_factor_bytes() announces, to
-// the same barrier. Those of rows where kRows; m is a multiple of four then, or padded to one.
+// The factors of a tile come with its last K-block, to the same barrier, which must expect bytes(). Those of rows where kRows; m is a multiple of four then, or padded to one.
 template <bool kRows, int kBlockN>
 struct FactorLoader {
   const GemmArgs& args;

@@ -34,14 +34,17 @@ constexpr auto kStreamLaunchers =
 
 constexpr int kClearThreads = 256;
 
-// Before the kernel whose blocks count in them.
+// Before the kernel whose blocks count in them. The scales are read four at a time: those beyond
+// the last row are set too.
 __global__ void __launch_bounds__(kClearThreads)
-    clear_counters_kernel(uint32_t* counters, int64_t count) {
+    clear_counters_kernel(uint32_t* counters, int64_t count, float* beyond_scales, int32_t beyond) {
   ptx::grid_dependency_wait();
   for (int64_t i = threadIdx.x; i < count; i += kClearThreads) counters[i] = 0;
+  if (threadIdx.x < beyond) beyond_scales[threadIdx.x] = 0.0F;
 }
 
-int64_t counters_of(const MatmulParams& p) { return ceil_div(p.m, kSm90CountedRows); }
+// Rounds drawn, and one for every so many rows.
+int64_t counters_of(const MatmulParams& p) { return 1 + ceil_div(p.m, kSm90CountedRows); }
 
 Source source_of(const MatmulParams& p) {
   if (p.x == nullptr) return Source::kInt8;
@@ -71,6 +74,12 @@ GemmArgs common_args(const MatmulParams& p) {
 }
 
 }  // namespace
+
+bool has_code() {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, clear_counters_kernel), "sm90 counters");
+  return attributes.ptxVersion >= 90;
+}
 
 void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const DeviceFacts& device) {
   const ResidentTile& tile = kResidentTiles[tile_index];
@@ -112,13 +121,15 @@ void stream(MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
     shape.grid = dim3(1);
     shape.block = dim3(kClearThreads);
     launch<clear_counters_kernel>("sm90 counters", shape, p.ctx,
-                                  static_cast<uint32_t*>(p.workspace), counters_of(p));
+                                  static_cast<uint32_t*>(p.workspace), counters_of(p),
+                                  quantize.scale + p.m, static_cast<int32_t>(-p.m & 3));
   }
   GemmArgs args = common_args(p);
   args.x = quantize.x;
   args.q = quantize.q;
   args.row_scales = quantize.scale;
-  args.done = static_cast<uint32_t*>(p.workspace);
+  args.drawn = static_cast<uint32_t*>(p.workspace);
+  args.done = args.drawn + 1;
   args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n / tile.cluster_m);
   args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StreamTile::kBlockM / tile.cluster_n);
   args.m_tiles = ceil_div(p.m, StreamTile::kBlockM * tile.cluster_m);

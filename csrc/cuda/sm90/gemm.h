@@ -1,5 +1,5 @@
 // The Hopper GEMMs (wgmma, TMA), for sm_90a: bf16/fp16/fp32 or int8 rows times int8 [n, k]
-// transposed. Which problems they take: serves_sm90() in heuristics/gemm_heuristics.h.
+// transposed. Which problems they take: why_not_served() in heuristics/gemm_heuristics.h.
 #pragma once
 
 #include "../../common/params.h"
@@ -7,8 +7,12 @@
 
 namespace int8_ops::cuda::sm90 {
 
+// Whether the driver runs the library's code of sm_90a on the current device: it may be told to
+// compile the PTX of an older architecture instead, in which these kernels are empty.
+bool has_code();
+
 // Rows stay in shared memory; with p.x set they are quantized there. k at most 1024; the columns of
-// a row tile are shared by `parts` clusters.
+// a row tile are shared by `parts` blocks.
 void resident(const MatmulParams& p, int32_t tile, int32_t parts, const DeviceFacts& device);
 
 // Both operands stream; with p.x set it is quantized beside the products, into a workspace of so

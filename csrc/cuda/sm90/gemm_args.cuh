@@ -15,10 +15,11 @@ struct GemmArgs {
   CUtensorMap a_map;    // where a is given
   CUtensorMap out_map;  // where the output has 16 bits
   const void* x;        // where it is not
-  // Where x is quantized beside the products: what a_map maps, a scale a row, and a counter for
-  // every 128 rows.
+  // Where x is quantized beside the products: what a_map maps, a scale a row, the rounds of rows
+  // that were drawn, and for every 128 rows how many are done.
   int8_t* q;
   float* row_scales;
+  uint32_t* drawn;
   uint32_t* done;
   int32_t m;
   int32_t n;
@@ -26,7 +27,7 @@ struct GemmArgs {
   int32_t k_blocks;  // of 128
   int32_t m_tiles;   // of a cluster's rows
   int32_t n_tiles;
-  int32_t n_parts;  // resident: clusters that share a row tile, each with a part of its columns
+  int32_t n_parts;  // resident: blocks that share a row tile, each with a part of its columns
   int32_t stages;
   int32_t factor_slots;
   ScaleEpilogue epilogue;

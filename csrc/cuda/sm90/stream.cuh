@@ -124,18 +124,16 @@ struct StreamKernel {
     }
   }
 
-  // The warps that neither multiply nor drive the copy engine. The blocks take turns, so that the
-  // first rows are spread over all of them.
-  __device__ __forceinline__ void quantize_beside(int helper) const {
+  // The warps that neither multiply nor drive the copy engine.
+  __device__ __forceinline__ void quantize_beside() const {
     constexpr int kHelpers = StreamTile::kThreads / 32 - kWarpgroups * 4 - 1;
-    const auto index = static_cast<int32_t>(blockIdx.x + helper * gridDim.x);
     const auto warps = static_cast<int32_t>(gridDim.x) * kHelpers;
     if constexpr (kSource == Source::kFloat16) {
-      BackgroundQuantizer<__half>::run(args, index, warps);
+      BackgroundQuantizer<__half>::run(args, warps);
     } else if constexpr (kSource == Source::kBFloat16) {
-      BackgroundQuantizer<__nv_bfloat16>::run(args, index, warps);
+      BackgroundQuantizer<__nv_bfloat16>::run(args, warps);
     } else if constexpr (kSource == Source::kFloat32) {
-      BackgroundQuantizer<float>::run(args, index, warps);
+      BackgroundQuantizer<float>::run(args, warps);
     }
   }
 
@@ -219,7 +217,7 @@ struct StreamKernel {
       ptx::set_max_registers_dec<kProducerRegisters>();
       const int warp = static_cast<int>(threadIdx.x) / 32 - kWarpgroups * 4;
       if (warp > 0) {
-        kernel.quantize_beside(warp - 1);
+        kernel.quantize_beside();
       } else if (threadIdx.x % 32 == 0) {
         kernel.produce();
       }

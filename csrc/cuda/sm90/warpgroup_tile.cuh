@@ -24,7 +24,7 @@ enum NamedBarrier : uint32_t { kWarpgroupBarrier = 1 };  // and the next, one a 
 struct TilePlace {
   int32_t row_first;   // of the warpgroup
   int32_t n_first;     // of the tile
-  float row_scale[2];  // of this thread's two rows: see rows_of_thread()
+  float row_scale[2];  // of this thread's two rows: see row_of_thread()
 };
 
 // What a tile's epilogue needs: scales of the columns, bias, and the scales of the rows where they
