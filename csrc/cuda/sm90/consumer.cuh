@@ -64,9 +64,11 @@ struct Consumer {
     read.next(args.stages);
   }
 
-  // In every block of the cluster: each of them loads a share of every stage.
+  // In every block of the cluster: each of them loads a share of every stage. One lane speaks for
+  // the warp, whose reads of the factors of tiles before are over.
   __device__ __forceinline__ void free_stage() {
     const uint32_t lane = threadIdx.x % 32;
+    __syncwarp();
     if constexpr (kCluster == 1) {
       if (lane == 0) ptx::mbarrier_arrive(ring.empty_at(freed));
     } else {
@@ -131,7 +133,8 @@ struct Consumer {
   }
 };
 
-// The factors of a tile come with its last K-block, to the same barrier, which must expect bytes(). Those of rows where kRows; m is a multiple of four then, or padded to one.
+// The factors of a tile come with its last K-block, to the same barrier, which must expect bytes().
+// Those of rows where kRows; m is a multiple of four then, or padded to one.
 template <bool kRows, int kBlockN>
 struct FactorLoader {
   const GemmArgs& args;
