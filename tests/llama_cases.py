@@ -72,7 +72,9 @@ def ids_of(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
 
 
-def make_converted(family: str = "llama", config: LatentConfig | None = None, **changes: Any) -> Any:
+def make_converted(
+    family: str = "llama", config: LatentConfig | None = None, **changes: Any
+) -> Any:
     """``make_model`` after conversion, calibrated on random tokens."""
     model = make_model(family, **changes)
     config = config or LatentConfig(kv_ratio=0.6, rank_multiple=8)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llama_cases import FAMILIES, ids_of, make_converted, make_model, through_cache
 
 from int8_ops import reference
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, convert
 from int8_ops.llama.attention import quantize_pairs, rotate
 from int8_ops.llama.packing import unpack_int4
-from llama_cases import FAMILIES, ids_of, make_converted, make_model, through_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 
 def assert_same(got, expected):
@@ -127,14 +126,13 @@ def test_keys_and_values_are_rebuilt_as_the_reference_does():
     parts = []
     for group in range(2):
         total = torch.zeros(())
-        for piece, (q, scale) in zip(attention.k_proj.slices, keys, strict=True):
-            last = piece is attention.k_proj.slices[-1]
+        for i, (piece, (q, scale)) in enumerate(zip(attention.k_proj.slices, keys, strict=True)):
             total = total + reference.int8_scaled_mm(
                 unpack_int4(q[:, group]) if piece.part.bits == 4 else q[:, group],
                 piece.A_int8[group],
                 scale[:, group, :, None],
                 piece.A_scale[group],
-                attention.k_proj.bias.view(2, -1)[group] if last else None,
+                attention.k_proj.bias.view(2, -1)[group] if i == 0 else None,
                 torch.float32,
             )
         parts.append(total)

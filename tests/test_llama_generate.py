@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from llama_cases import ids_of, make_converted, through_cache, transformers
 
 from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache
-from llama_cases import ids_of, make_converted, through_cache, transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

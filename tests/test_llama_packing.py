@@ -92,7 +92,7 @@ def test_pack_refuses(q, told):
 
 
 def test_unpack_refuses_another_dtype():
-    with pytest.raises(ValueError, match="expected int8, got torch.uint8"):
+    with pytest.raises(ValueError, match=r"expected int8, got torch\.uint8"):
         unpack_int4(torch.zeros(2, dtype=torch.uint8))
 
 
@@ -110,8 +110,7 @@ def test_a_stream_is_stored_slice_by_slice():
     assert torch.equal(stored[0][0], q)
     assert torch.equal(stored[0][1], scale[..., 0])
     pieces = [
-        dequantize_slice(one, part, torch.float32)
-        for one, part in zip(stored, spec, strict=True)
+        dequantize_slice(one, part, torch.float32) for one, part in zip(stored, spec, strict=True)
     ]
     assert torch.equal(pieces[1], dequantize_int4(*quantize_int4(latent[..., 6:16])))
     assert torch.equal(pieces[2], latent[..., 16:])

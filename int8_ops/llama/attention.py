@@ -14,7 +14,7 @@ rebuilt keys may fold A's scales into q once, before the rotation, and work on b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,13 +189,18 @@ class LatentProjection(nn.Module):
     def set_factors(self, b: Tensor, a: Tensor, bias: Tensor | None) -> None:
         """Take B ``[G, rank, in]``, A ``[G, out, rank]``, and the bias of the projection."""
         self.BLinear.weight.copy_(b.flatten(0, 1))
-        for piece, columns in zip(self.slices, self._split(a), strict=True):
+        for piece, columns in zip(self.pieces(), self._split(a), strict=True):
             piece.set_matrix(columns, self.head_dim if self.pairs else None)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
-    def _split(self, t: Tensor) -> tuple[Tensor, ...]:
-        return t.split([part.rank for part in self.spec], dim=-1)
+    def _split(self, t: Tensor) -> Sequence[Tensor]:
+        pieces: Sequence[Tensor] = t.split([part.rank for part in self.spec], dim=-1)
+        return pieces
+
+    def pieces(self) -> list[LatentSlice]:
+        """The slices' A, in order."""
+        return cast("list[LatentSlice]", list(self.slices))
 
     def latent(self, x: Tensor) -> Tensor:
         """``x [B, q, in]`` -> ``[B, G, q, rank]``."""
@@ -208,9 +213,9 @@ class LatentProjection(nn.Module):
         rebuilt = []
         for group in range(self.groups):
             total: Tensor | None = None
-            for piece, (q, scale) in zip(self.slices, stored, strict=True):
-                last = piece is self.slices[-1]
-                bias = group_bias[group] if group_bias is not None and last else None
+            for i, (piece, (q, scale)) in enumerate(zip(self.pieces(), stored, strict=True)):
+                # Added once, with the first slice.
+                bias = group_bias[group] if group_bias is not None and i == 0 else None
                 # One slice is rounded once, to dtype; several are summed in float32 before that.
                 out_dtype = dtype if len(stored) == 1 else torch.float32
                 part = self._product(piece, group, q[:, group], scale, bias, out_dtype)
@@ -222,7 +227,7 @@ class LatentProjection(nn.Module):
 
     def _product(
         self,
-        piece: Any,
+        piece: LatentSlice,
         group: int,
         q: Tensor,
         scale: Tensor | None,
@@ -254,7 +259,7 @@ class LatentProjection(nn.Module):
             for one, part in zip(stored, self.spec, strict=True)
         ]
         rounded: Tensor = StraightThrough.apply(latent, torch.cat(floats, dim=-1))
-        a = torch.cat([piece.matrix(latent.dtype) for piece in self.slices], dim=-1)
+        a = torch.cat([piece.matrix(latent.dtype) for piece in self.pieces()], dim=-1)
         y = torch.matmul(rounded, a.transpose(-1, -2)).transpose(1, 2).flatten(2)
         y = y if self.bias is None else y + self.bias
         return y.view(*y.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
@@ -401,9 +406,10 @@ class LatentAttention(nn.Module):
             ValueError: a cache of another model, of another batch, or a static one that is full.
         """
         shape = hidden_states.shape[:-1]
-        k_proj: Any = self.k_proj
-        v_proj: Any = self.v_proj
-        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+        q_proj, o_proj = cast(nn.Linear, self.q_proj), cast(nn.Linear, self.o_proj)
+        k_proj = cast(LatentProjection, self.k_proj)
+        v_proj = cast(LatentProjection, self.v_proj)
+        query = q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
         query = rotate(query, *position_embeddings)
         k_latent, v_latent = k_proj.latent(hidden_states), v_proj.latent(hidden_states)
         options = {
@@ -442,7 +448,7 @@ class LatentAttention(nn.Module):
                     attention_mask,
                     **options,
                 )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+        return o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def extra_repr(self) -> str:
         """How the latents are stored."""

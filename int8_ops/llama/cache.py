@@ -566,7 +566,8 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     def bytes_per_token(self) -> int:
         """Bytes a token of one row takes in all layers: integers, scales, and its position."""
-        return sum(layer.spec.bytes_per_token for layer in self.layers) + POSITION_BYTES
+        specs: list[LayerSpec] = [layer.spec for layer in self.layers]
+        return sum(spec.bytes_per_token for spec in specs) + POSITION_BYTES
 
     def memory_report(self) -> dict[str, int]:
         """Bytes, as ``bytes_per_token``, ``tokens`` (a row), ``rows``, ``used`` and ``allocated``.

@@ -216,8 +216,8 @@ def _run(
                 loss.backward()
                 if not torch.isfinite(loss):
                     raise ValueError(
-                        f"calibration: expected a finite loss, got {float(loss)}; is the text in "
-                        "the model's language, and its dtype wide enough?"
+                        f"calibration: expected a finite loss, got {float(loss.detach())}; is the "
+                        "model's dtype wide enough?"
                     )
     finally:
         for handle in handles:
@@ -280,7 +280,8 @@ def _root(moment: Tensor) -> Tensor:
         return torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     damped = moment / scale
     damped.diagonal().add_(DAMPING)
-    return torch.linalg.cholesky(damped) * scale.sqrt()
+    root: Tensor = torch.linalg.cholesky(damped) * scale.sqrt()
+    return root
 
 
 @torch.no_grad()

@@ -198,13 +198,12 @@ def fingerprints(model: Any) -> list[dict[str, dict[str, Any]]]:
 
 def _fingerprint(projection: LatentProjection) -> dict[str, Any]:
     a: int | float | None = 0
-    for piece in projection.slices:
+    for piece in projection.pieces():
         if piece.part.bits == 16:
-            total = _sum(piece.weight)  # type: ignore[arg-type]
+            total = _sum(piece.weight)
             a = None if total is None or a is None else a + total
             continue
         for tensor in (piece.A_int8, piece.A_scale):
-            assert isinstance(tensor, Tensor)
             if a is None or tensor.is_meta:
                 a = None
                 continue

@@ -6,7 +6,7 @@ import dataclasses
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 
 
 def plot_lines(
-    series: dict[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str
 ) -> str:
     """Lines with dots, as an SVG document.
 
