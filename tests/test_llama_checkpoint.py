@@ -74,7 +74,7 @@ def test_another_dtype_casts_the_floats_alone(saved):
     loaded = AutoModel.from_pretrained(saved[0], dtype=torch.bfloat16)
     stored = load_file(saved[0] / "model.safetensors")
     for name, tensor in loaded.state_dict().items():
-        if name.endswith(("A_int8", "A_scale")):
+        if name.endswith(("A_int8", "A_scale_bits")):
             assert torch.equal(tensor, stored[name]), name
         else:
             assert tensor.dtype == torch.bfloat16, name
@@ -95,7 +95,7 @@ def test_the_configuration_says_how_latents_are_stored(saved):
     "name",
     [
         "layers.1.self_attn.k_proj.slices.0.A_int8",
-        "layers.2.self_attn.v_proj.slices.0.A_scale",
+        "layers.2.self_attn.v_proj.slices.0.A_scale_bits",
         "layers.0.self_attn.k_proj.BLinear.weight",
         "layers.0.self_attn.v_proj.bias",
     ],

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backends
-from ..nn._state import apply_keeping_dtypes, dtype_errors
 from ..quantizer import INT8Quantizer, StraightThrough
 from .packing import Stored, dequantize_slice, integers_of, quantize_stream
 from .spec import LayerSpec, Slice, StreamSpec, stream_rank
@@ -33,6 +32,10 @@ __all__ = ["LatentAttention", "LatentProjection", "attend"]
 class LatentSlice(nn.Module):
     """A for one slice of a latent: int8 ``[G, out, rank]`` with scales ``[G, out, 1]``, or floats.
 
+    The float32 scales are held as their bits, in the int32 buffer ``A_scale_bits``: ``.half()``,
+    and loaders that cast every floating tensor of a checkpoint to the model's dtype, leave
+    integers alone. ``A_scale`` is a view of it.
+
     Args:
         part: bits and rank; 16 bits have a float A in the parameter ``weight`` ``[G, out, rank]``.
         groups: G.
@@ -42,7 +45,7 @@ class LatentSlice(nn.Module):
     """
 
     A_int8: Tensor
-    A_scale: Tensor
+    A_scale_bits: Tensor
 
     def __init__(
         self,
@@ -63,8 +66,13 @@ class LatentSlice(nn.Module):
             return
         self.register_buffer("A_int8", torch.zeros(shape, dtype=torch.int8, device=device))
         self.register_buffer(
-            "A_scale", torch.zeros((groups, out, 1), dtype=torch.float32, device=device)
+            "A_scale_bits", torch.zeros((groups, out, 1), dtype=torch.int32, device=device)
         )
+
+    @property
+    def A_scale(self) -> Tensor:
+        """float32 ``[G, out, 1]``."""
+        return self.A_scale_bits.view(torch.float32)
 
     def extra_repr(self) -> str:
         """Bits and rank."""
@@ -86,32 +94,6 @@ class LatentSlice(nn.Module):
         if self.part.bits == 16:
             return self.weight.to(dtype)
         return (self.A_int8.to(torch.float32) * self.A_scale).to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentSlice:
-        names = () if self.part.bits == 16 else ("A_int8", "A_scale")
-        apply_keeping_dtypes(self, names, super()._apply, fn, recurse)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        expected = {"A_int8": torch.int8, "A_scale": torch.float32} if self.part.bits < 16 else {}
-        errors = dtype_errors(
-            self, state_dict, prefix, expected, "was this checkpoint made by int8_ops?"
-        )
-        if errors:
-            error_msgs.extend(errors)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def _per_channel(rows: Tensor) -> tuple[Tensor, Tensor]:

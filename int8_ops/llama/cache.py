@@ -626,14 +626,14 @@ class StaticLatentCache(LatentCache):
         """Empty; the first tokens allocate all of it."""
         if max_cache_len < 1:
             raise ValueError(f"StaticLatentCache: expected max_cache_len >= 1, got {max_cache_len}")
-        self.max_cache_len = max_cache_len
+        self._room = max_cache_len  # 4.x has a property max_cache_len
         super().__init__(model, offloading, backend)
 
     def _make_layer(self, spec: LayerSpec, backend: str) -> LatentLayer:
-        return StaticLatentLayer(spec, self.max_cache_len, backend)
+        return StaticLatentLayer(spec, self._room, backend)
 
     def _make_positions(self) -> Positions:
-        return StaticPositions(self.max_cache_len)
+        return StaticPositions(self._room)
 
     def _place(self, layer: LatentLayer, latent: Tensor, position_ids: Tensor) -> dict[str, Any]:
         assert isinstance(layer, StaticLatentLayer)

@@ -114,9 +114,6 @@ class LatentQuantizer(HfQuantizer):  # type: ignore[misc]
                 attention, specs[index], model.model.rotary_emb, backend
             )
             layers[index].self_attn = new
-        # Some versions cast what they load to the model's dtype, unless told not to.
-        strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        model._keep_in_fp32_modules_strict = strict | {"A_scale"}
         install(model)
         return model
 
@@ -177,10 +174,6 @@ def mark_converted(model: Any, config: LatentQuantizationConfig) -> None:
     model.hf_quantizer = LatentQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
-    model._keep_in_fp32_modules_strict = {
-        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
-        "A_scale",
-    }
 
 
 def fingerprints(model: Any) -> list[dict[str, dict[str, Any]]]:
@@ -203,7 +196,7 @@ def _fingerprint(projection: LatentProjection) -> dict[str, Any]:
             total = _sum(piece.weight)
             a = None if total is None or a is None else a + total
             continue
-        for tensor in (piece.A_int8, piece.A_scale):
+        for tensor in (piece.A_int8, piece.A_scale_bits):
             if a is None or tensor.is_meta:
                 a = None
                 continue
