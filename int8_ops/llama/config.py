@@ -32,8 +32,6 @@ class LatentConfig:
         objective: "fisher" (input and gradient moments of the calibration), "activation" (input
             moments alone) or "weight" (plain SVD; needs no calibration).
         rotate: spread each slice's energy by a random rotation, folded into the factors.
-        probe: after a first allocation, measure each layer's own loss on the calibration, correct
-            the predicted costs by it, and allocate again; "fisher" only.
         sequence_length: tokens of a calibration window.
         windows: calibration windows, spread over the text; None: all that it has.
         seed: of the rotations.
@@ -51,7 +49,6 @@ class LatentConfig:
     rank_multiple: int = 32
     objective: Literal["fisher", "activation", "weight"] = "fisher"
     rotate: bool = True
-    probe: bool = False
     sequence_length: int = 1024
     windows: int | None = 16
     seed: int = 0
@@ -91,11 +88,6 @@ class LatentConfig:
             raise ValueError(
                 f"LatentConfig: expected an even rank_multiple with 4 bits, which share a byte, "
                 f"got {self.rank_multiple}"
-            )
-        if self.probe and self.objective != "fisher":
-            raise ValueError(
-                f"LatentConfig: probe corrects costs in nats, which objective 'fisher' predicts, "
-                f"got {self.objective!r}"
             )
         backends.check_name(self.backend)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +74,67 @@ def convert(
             window, or a loss that is not finite.
     """
     config = LatentConfig() if config is None else config
+    shown, clock = Shown(progress), Clock()
+    study = study_model(model, calibration, config, tokenizer, shown, clock)
+    plan = prepare(model, study, config, shown, clock)
+    own = _own_losses(model, plan.attentions, study.batches, shown) if study.batches else {}
+    measured = _measured_batches(study.batches)
+    loss_before = _mean_loss(model, measured) if measured else None
+    plan.install(model)
+    loss_after = _mean_loss(model, measured) if measured else None
+    clock.lap("measuring")
+    losses = (loss_before, loss_after, sum(ids.shape[0] * (ids.shape[1] - 1) for ids in measured))
+    return _report(model, plan, study, own, losses, clock, config)
+
+
+@dataclass
+class Study:
+    """What calibration tells of a model; enough to convert it to any budget.
+
+    Attributes:
+        factors: of every stream, at full rank.
+        costs: of every stream.
+        batches: the calibration, ids ``[B, S]``.
+        groups: latents a layer and stream.
+        full_rank: the most a latent's rank can be.
+    """
+
+    factors: dict[Key, Factors]
+    costs: dict[Key, Costs]
+    batches: list[Tensor]
+    groups: int
+    full_rank: int
+
+
+@dataclass
+class Plan:
+    """Converted attention modules, beside the model, and how they store their latents."""
+
+    specs: list[LayerSpec]
+    chosen: dict[Key, Choice]
+    attentions: dict[int, LatentAttention]
+    backend: str
+
+    def install(self, model: Any) -> None:
+        """Put the modules into the model, and hook in the cache and the checkpoint format."""
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.self_attn = self.attentions[index]
+        install(model)
+        mark_converted(model, LatentQuantizationConfig.of(self.specs, self.backend))
+
+
+def study_model(
+    model: Any,
+    calibration: Any,
+    config: LatentConfig,
+    tokenizer: Any,
+    shown: Shown,
+    clock: Clock,
+) -> Study:
+    """Everything that ``convert`` measures before it decides; the model is left as it was.
+
+    Of ``config``, the budget and the bits do not matter here, the rest does. Raises as ``convert``.
+    """
     check_model(model)
     groups, full_rank = _groups_of(model, config)
     batches = _batches(calibration, config, tokenizer)
@@ -80,33 +143,27 @@ def convert(
             f"convert: objective {config.objective!r} needs calibration text, got none; "
             "objective='weight' does without"
         )
-    shown = _Progress(progress)
-    clock = _Clock()
-    measured = _measured_batches(batches)
-    loss_before = _mean_loss(model, measured) if measured else None
-    clock.lap("measuring")
     factors = _factors(model, batches, groups, config, shown, clock)
     costs = _costs(model, batches, factors, config, shown, clock)
-    chosen = _choose(model, costs, groups, full_rank, config)
+    return Study(factors, costs, batches, groups, full_rank)
+
+
+def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock: Clock) -> Plan:
+    """Allocate, and make the converted modules; the model is left as it was.
+
+    Raises ValueError for a budget that it cannot have.
+    """
+    chosen = _choose(model, study, config)
     specs = [
-        LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, groups)
+        LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, study.groups)
         for index in range(len(decoder_layers(model)))
     ]
     made = {
-        index: _convert_layer(model, attention, specs[index], factors, config)
+        index: _convert_layer(model, attention, specs[index], study.factors, config)
         for index, attention in shown(list(attentions(model)), "converting")
     }
     clock.lap("converting")
-    own = _own_losses(model, made, measured, shown) if measured else {}
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.self_attn = made[index]
-    install(model)
-    mark_converted(model, LatentQuantizationConfig.of(specs, config.backend))
-    loss_after = _mean_loss(model, measured) if measured else None
-    clock.lap("measuring")
-    return _report(
-        model, specs, chosen, own, (loss_before, loss_after), measured, batches, clock, config
-    )
+    return Plan(specs, chosen, made, config.backend)
 
 
 # -- what is asked for ----------------------------------------------------------------------------
@@ -197,8 +254,8 @@ def _factors(
     batches: list[Tensor],
     groups: int,
     config: LatentConfig,
-    shown: _Progress,
-    clock: _Clock,
+    shown: Shown,
+    clock: Clock,
 ) -> dict[Key, Factors]:
     moments: dict[Key, Moments] = {}
     if config.objective != "weight":
@@ -220,8 +277,8 @@ def _costs(
     batches: list[Tensor],
     factors: dict[Key, Factors],
     config: LatentConfig,
-    shown: _Progress,
-    clock: _Clock,
+    shown: Shown,
+    clock: Clock,
 ) -> dict[Key, Costs]:
     if config.objective == "fisher":
         costs = measure_costs(model, batches, factors, config.rank_multiple, shown)
@@ -233,15 +290,13 @@ def _costs(
     return costs
 
 
-def _choose(
-    model: Any, costs: dict[Key, Costs], groups: int, full_rank: int, config: LatentConfig
-) -> dict[Key, Choice]:
-    bits = config.allowed_bits()
+def _choose(model: Any, study: Study, config: LatentConfig) -> dict[Key, Choice]:
+    bits, costs, groups = config.allowed_bits(), study.costs, study.groups
     if config.ranks is not None:
         return {key: _given(found, bits[0], config.ranks, key) for key, found in costs.items()}
     choices = {key: choices_of(found, bits, groups) for key, found in costs.items()}
     if config.mean_rank is not None:
-        most = groups * full_rank
+        most = groups * study.full_rank
         if config.mean_rank > most:
             raise ValueError(f"convert: expected mean_rank <= {most}, got {config.mean_rank}")
         # All slices have the same bits, so a budget of ranks is one of bytes.
@@ -360,7 +415,7 @@ def _mean_loss(model: Any, batches: list[Tensor]) -> float:
 
 
 def _own_losses(
-    model: Any, made: dict[int, LatentAttention], batches: list[Tensor], shown: _Progress
+    model: Any, made: dict[int, LatentAttention], batches: list[Tensor], shown: Shown
 ) -> dict[int, float]:
     """Each layer's own loss: what converting it alone changes, on the first tokens.
 
@@ -387,58 +442,48 @@ def _own_losses(
 
 def _report(
     model: Any,
-    specs: list[LayerSpec],
-    chosen: dict[Key, Choice],
+    plan: Plan,
+    study: Study,
     own: dict[int, float],
-    losses: tuple[float | None, float | None],
-    measured: list[Tensor],
-    batches: list[Tensor],
-    clock: _Clock,
+    losses: tuple[float | None, float | None, int],
+    clock: Clock,
     config: LatentConfig,
 ) -> ConversionReport:
     from .cache import POSITION_BYTES
 
-    _, full_rank = _groups_of_converted(model)
     fisher = config.objective == "fisher"
 
     def predicted(key: Key) -> float | None:
-        cost = chosen[key].cost
-        return cost if fisher and cost == cost else None
+        cost = plan.chosen[key].cost
+        return cost if fisher and not math.isnan(cost) else None
 
     layers = [
         LayerReport(
-            k=stream_report(spec, "k", full_rank, predicted((index, "k"))),
-            v=stream_report(spec, "v", full_rank, predicted((index, "v"))),
+            k=stream_report(spec, "k", study.full_rank, predicted((index, "k"))),
+            v=stream_report(spec, "v", study.full_rank, predicted((index, "v"))),
             measured=own.get(index),
         )
-        for index, spec in enumerate(specs)
+        for index, spec in enumerate(plan.specs)
     ]
-    known = [predicted(key) for key in chosen]
+    known = [cost for cost in map(predicted, plan.chosen) if cost is not None]
     return ConversionReport(
         layers=layers,
         bytes_per_token_before=bytes_in_16_bits(model),
-        bytes_per_token=sum(spec.bytes_per_token for spec in specs) + POSITION_BYTES,
-        predicted_loss=None if None in known else sum(c for c in known if c is not None),
+        bytes_per_token=sum(spec.bytes_per_token for spec in plan.specs) + POSITION_BYTES,
+        predicted_loss=sum(known) if len(known) == len(plan.chosen) else None,
         loss_before=losses[0],
         loss_after=losses[1],
-        measured_tokens=sum(ids.shape[0] * (ids.shape[1] - 1) for ids in measured),
-        calibration_tokens=sum(ids.numel() for ids in batches),
+        measured_tokens=losses[2],
+        calibration_tokens=sum(ids.numel() for ids in study.batches),
         seconds=clock.laps,
         config=config.to_dict(),
     )
 
 
-def _groups_of_converted(model: Any) -> tuple[int, int]:
-    _, attention = next(attentions(model))
-    projection = attention.k_proj
-    out = projection.heads // projection.groups * projection.head_dim
-    return projection.groups, min(out, projection.BLinear.in_features)
-
-
 # -- telling how far it is ------------------------------------------------------------------------
 
 
-class _Clock:
+class Clock:
     """Seconds by step; a step that comes again adds up."""
 
     def __init__(self) -> None:
@@ -452,7 +497,7 @@ class _Clock:
         self._last = now
 
 
-class _Progress:
+class Shown:
     """Bars on stderr, where somebody looks."""
 
     def __init__(self, wanted: bool) -> None:
