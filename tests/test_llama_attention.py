@@ -6,7 +6,7 @@ import pytest
 import torch
 from llama_cases import FAMILIES, ids_of, make_converted, make_model, through_cache
 
-from int8_ops import reference
+from int8_ops import INT8Quantizer, reference
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, convert
 from int8_ops.llama.attention import quantize_pairs, rotate
 from int8_ops.llama.packing import unpack_int4
@@ -205,3 +205,27 @@ def test_the_repr_says_how_latents_are_stored():
     attention = model.model.layers[0].self_attn
     assert isinstance(attention, LatentAttention)
     assert "in 4 bits" in repr(attention)
+
+
+@torch.no_grad()
+def test_the_seed_flow_is_kept_to_compare_with():
+    """Fake-quantized float latents, keys in floats, values through int8; close to the integers."""
+    ids = ids_of(2, 40)
+    ranks = [(24, 24)] * 3
+    seed = make_converted(config=LatentConfig(ranks=ranks, bits=16, flow="seed"))
+    attention = seed.model.layers[0].self_attn
+    assert not hasattr(attention.k_proj.slices[0], "A_int8")
+    assert hasattr(attention.v_proj.slices[0], "A_int8")
+    x = torch.randn(1, 5, 64)
+    latent = attention.v_proj.latent(x)[0, 0]
+    rounded = INT8Quantizer.dequantize(*INT8Quantizer.quantize_per_token(latent))
+    assert torch.allclose(latent, rounded, atol=1e-6)  # it is on the int8 grid already
+    out = seed(ids)
+    assert {t.dtype for layer in out.past_key_values.layers for t in layer.tensors()} == {
+        torch.float32
+    }
+    integers = make_converted(config=LatentConfig(ranks=ranks, bits=8))
+    exact = make_converted(config=LatentConfig(ranks=ranks, bits=16))(ids).logits
+    for got in (out.logits, integers(ids).logits):
+        assert 0 < float((got - exact).norm() / exact.norm()) < 0.05
+    assert_same(through_cache(seed, ids, 7), seed(ids, use_cache=False).logits)

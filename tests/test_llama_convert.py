@@ -101,6 +101,7 @@ def test_rope_whose_frequencies_move_is_refused():
         ({"rank_multiple": 7}, "an even rank_multiple with 4 bits"),
         ({"heads_per_group": 0}, "heads_per_group >= 1, got 0"),
         ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
+        ({"flow": "seed"}, "'seed' with bits=16, got 'seed' with bits='auto'"),
     ],
 )
 def test_a_bad_configuration_is_refused_by_name(values, told):

@@ -132,7 +132,7 @@ def test_greedy_answers_are_the_same_padded_and_static(smol):
         "max_new_tokens": 12,
         "do_sample": False,
         "pad_token_id": int(tokenizer.eos_token_id),
-        "eos_token_id": -1,
+        "eos_token_id": None,
     }
     together = model.generate(ids, attention_mask=mask, **options)
     static = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pydoc_data.topics)",
     )
     parser.add_argument(
-        "--windows", type=positive, default=16, help="of calibration (default: %(default)s)"
+        "--windows", type=positive, default=32, help="of calibration (default: %(default)s)"
     )
     parser.add_argument(
         "--window-length",

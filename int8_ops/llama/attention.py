@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backends
-from ..quantizer import INT8Quantizer, StraightThrough
+from ..quantizer import INT8Quantizer, Quantizer, StraightThrough
 from .packing import Stored, dequantize_slice, integers_of, quantize_stream
 from .spec import LayerSpec, Slice, StreamSpec, stream_rank
 
@@ -37,7 +37,8 @@ class LatentSlice(nn.Module):
     integers alone. ``A_scale`` is a view of it.
 
     Args:
-        part: bits and rank; 16 bits have a float A in the parameter ``weight`` ``[G, out, rank]``.
+        part: bits and rank.
+        floats: a float A, in the parameter ``weight`` ``[G, out, rank]``.
         groups: G.
         out: outputs a group, heads times head size.
         device: as for nn.Linear.
@@ -50,6 +51,7 @@ class LatentSlice(nn.Module):
     def __init__(
         self,
         part: Slice,
+        floats: bool,
         groups: int,
         out: int,
         device: torch.device | str | None,
@@ -57,9 +59,9 @@ class LatentSlice(nn.Module):
     ) -> None:
         """Zeros; see ``set_matrix``."""
         super().__init__()
-        self.part = part
+        self.part, self.floats = part, floats
         shape = (groups, out, part.rank)
-        if part.bits == 16:
+        if floats:
             self.weight = nn.Parameter(
                 torch.zeros(shape, device=device, dtype=dtype), requires_grad=False
             )
@@ -81,7 +83,7 @@ class LatentSlice(nn.Module):
     @torch.no_grad()
     def set_matrix(self, matrix: Tensor, head_dim: int | None) -> None:
         """Take A, floating ``[G, out, rank]``; with ``head_dim``, RoPE pairs share a scale."""
-        if self.part.bits == 16:
+        if self.floats:
             self.weight.copy_(matrix)
             return
         for group, rows in enumerate(matrix.float()):
@@ -91,7 +93,7 @@ class LatentSlice(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """A as floats ``[G, out, rank]``."""
-        if self.part.bits == 16:
+        if self.floats:
             return self.weight.to(dtype)
         return (self.A_int8.to(torch.float32) * self.A_scale).to(dtype)
 
@@ -130,6 +132,7 @@ class LatentProjection(nn.Module):
         spec: how the latent is stored.
         bias: whether the projection has one; it is added to what A rebuilds.
         pairs: whether RoPE pairs share A's scales (keys).
+        flow: as in ``LayerSpec``.
         backend: ``"auto"`` or a backend's name (``int8_ops.backends``).
         device: as for nn.Linear, meta included.
         dtype: of the float weights.
@@ -144,6 +147,7 @@ class LatentProjection(nn.Module):
         spec: StreamSpec,
         bias: bool,
         pairs: bool,
+        flow: str = "integer",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -158,8 +162,13 @@ class LatentProjection(nn.Module):
             in_features, groups * self.rank, bias=False, device=device, dtype=dtype
         )
         out = heads // groups * head_dim
+        # In the seed flow values have an int8 A beside float latents, keys a float one.
+        self.fake = Quantizer(n_bits=8) if flow == "seed" else None
         self.slices = nn.ModuleList(
-            LatentSlice(part, groups, out, device, dtype) for part in self.spec
+            LatentSlice(
+                part, part.bits == 16 and (pairs or flow != "seed"), groups, out, device, dtype
+            )
+            for part in self.spec
         )
         self.bias = (
             nn.Parameter(torch.zeros(heads * head_dim, device=device, dtype=dtype))
@@ -187,7 +196,8 @@ class LatentProjection(nn.Module):
     def latent(self, x: Tensor) -> Tensor:
         """``x [B, q, in]`` -> ``[B, G, q, rank]``."""
         y: Tensor = self.BLinear(x)
-        return y.view(*x.shape[:-1], self.groups, self.rank).transpose(1, 2)
+        y = y.view(*x.shape[:-1], self.groups, self.rank).transpose(1, 2)
+        return y if self.fake is None else self.fake(y)
 
     def rebuild(self, stored: Sequence[Stored], dtype: torch.dtype) -> Tensor:
         """Keys or values of stored tokens: ``[B, heads, S, head_dim]`` in ``dtype``."""
@@ -217,6 +227,10 @@ class LatentProjection(nn.Module):
         dtype: torch.dtype,
     ) -> Tensor:
         """``[B, S, width]`` of one slice -> ``[B, S, out]``."""
+        if scale is None and not piece.floats:
+            return backends.int8_linear(
+                q, piece.A_int8[group], piece.A_scale[group], bias, dtype, self.backend
+            )
         if scale is None:
             weight = piece.weight[group].to(q.dtype)
             return F.linear(q, weight, None if bias is None else bias.to(q.dtype)).to(dtype)
@@ -352,6 +366,7 @@ class LatentAttention(nn.Module):
                 stream,
                 bias=linear.bias is not None,
                 pairs=pairs,
+                flow=spec.flow,
                 backend=backend,
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,

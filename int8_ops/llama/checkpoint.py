@@ -192,7 +192,7 @@ def fingerprints(model: Any) -> list[dict[str, dict[str, Any]]]:
 def _fingerprint(projection: LatentProjection) -> dict[str, Any]:
     a: int | float | None = 0
     for piece in projection.pieces():
-        if piece.part.bits == 16:
+        if piece.floats:
             total = _sum(piece.weight)
             a = None if total is None or a is None else a + total
             continue

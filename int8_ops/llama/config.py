@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .. import backends
+from .spec import FLOWS
 
 __all__ = ["LatentConfig"]
 
@@ -31,9 +32,11 @@ class LatentConfig:
         rank_multiple: of every slice's rank, unless it ends at the full rank.
         objective: "fisher" (input and gradient moments of the calibration), "activation" (input
             moments alone) or "weight" (plain SVD; needs no calibration).
+        flow: "integer", or "seed", the flow that it replaces (``spec.LayerSpec``); with 16 bits.
         rotate: spread each slice's energy by a random rotation, folded into the factors.
         sequence_length: tokens of a calibration window.
-        windows: calibration windows, spread over the text; None: all that it has.
+        windows: calibration windows, spread over the text; None: all that it has. More keep more:
+            small ranks fit few windows too closely.
         seed: of the rotations.
         backend: of the converted modules, see ``int8_ops.backends``.
 
@@ -48,9 +51,10 @@ class LatentConfig:
     heads_per_group: int | None = None
     rank_multiple: int = 32
     objective: Literal["fisher", "activation", "weight"] = "fisher"
+    flow: Literal["integer", "seed"] = "integer"
     rotate: bool = True
     sequence_length: int = 1024
-    windows: int | None = 16
+    windows: int | None = 32
     seed: int = 0
     backend: str = "auto"
 
@@ -66,6 +70,11 @@ class LatentConfig:
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"LatentConfig: expected objective {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.flow not in FLOWS or (self.flow == "seed" and self.bits != 16):
+            raise ValueError(
+                f"LatentConfig: expected flow 'integer', or 'seed' with bits=16, got {self.flow!r} "
+                f"with bits={self.bits!r}"
             )
         if self.bits == "auto" and self.kv_ratio is None:
             raise ValueError(

@@ -155,7 +155,7 @@ def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock:
     """
     chosen = _choose(model, study, config)
     specs = [
-        LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, study.groups)
+        LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, study.groups, config.flow)
         for index in range(len(decoder_layers(model)))
     ]
     made = {

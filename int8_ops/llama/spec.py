@@ -90,13 +90,31 @@ def parse_stream(value: Any, where: str) -> StreamSpec:
     return spec
 
 
+FLOWS = ("integer", "seed")
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer's keys and values are stored, a latent a group of ``groups`` KV-head groups."""
+    """How one layer's keys and values are stored, a latent a group of ``groups`` KV-head groups.
+
+    ``flow`` is "integer", or "seed": the flow that this one replaces, kept to compare with. There
+    latents are fake-quantized to 8 bits and cached as floats, keys are rebuilt in floats, and
+    values quantize the latents again for an int8 product. Its slices have 16 bits.
+
+    Raises ValueError for another flow, or slices of the seed flow with other bits.
+    """
 
     k: StreamSpec
     v: StreamSpec
     groups: int = 1
+    flow: str = "integer"
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        if self.flow not in FLOWS:
+            raise ValueError(f"LayerSpec: expected flow {' or '.join(FLOWS)}, got {self.flow!r}")
+        if self.flow == "seed" and {part.bits for part in (*self.k, *self.v)} != {16}:
+            raise ValueError("LayerSpec: expected slices of 16 bits in the seed flow, got others")
 
     @property
     def bytes_per_token(self) -> int:
@@ -109,19 +127,22 @@ class LayerSpec:
             "k": [[part.bits, part.rank] for part in self.k],
             "v": [[part.bits, part.rank] for part in self.v],
             "groups": self.groups,
+            "flow": self.flow,
         }
 
     @classmethod
     def from_dict(cls, value: Any, where: str) -> LayerSpec:
         """Raises ValueError naming ``where`` when ``value`` is not what ``to_dict`` returns."""
-        if not isinstance(value, dict) or set(value) != {"k", "v", "groups"}:
-            raise ValueError(f"{where}: expected the keys k, v and groups, got {value!r}")
+        if not isinstance(value, dict) or set(value) != {"k", "v", "groups", "flow"}:
+            raise ValueError(f"{where}: expected the keys k, v, groups and flow, got {value!r}")
         groups = value["groups"]
         if not isinstance(groups, int) or groups < 1:
             raise ValueError(f"{where}: expected groups >= 1, got {groups!r}")
-        return cls(
-            parse_stream(value["k"], f"{where}.k"), parse_stream(value["v"], f"{where}.v"), groups
-        )
+        k, v = (parse_stream(value[name], f"{where}.{name}") for name in ("k", "v"))
+        try:
+            return cls(k, v, groups, value["flow"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
 
 def layer_specs(values: Sequence[Any]) -> tuple[LayerSpec, ...]:
