@@ -155,10 +155,8 @@ def test_another_architecture_is_refused(saved, tmp_path):
 
 def test_an_unconverted_model_cannot_be_quantized_on_loading(tmp_path):
     make_model().save_pretrained(tmp_path)
-    held = LatentQuantizationConfig(
-        layers=[{"k": [[8, 8]], "v": [[8, 8]], "groups": 1, "flow": "integer"}] * 3,
-        fingerprints=[{}] * 3,
-    )
+    layer = {"k": [[8, 8]], "v": [[8, 8]], "groups": 1, "flow": "integer"}
+    held = LatentQuantizationConfig(layers=[layer] * 3, fingerprints=[{}] * 3)
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModel.from_pretrained(tmp_path, quantization_config=held)
 

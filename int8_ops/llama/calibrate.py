@@ -38,8 +38,9 @@ from .families import attentions, decoder_layers
 __all__ = ["Costs", "Factors", "Moments", "factorize", "measure_costs", "measure_moments"]
 
 # Added to a moment, relative to its mean diagonal: directions that the calibration never took count
-# this much. Lower fits the calibration closer and other text worse.
-DAMPING = 1e-2
+# this much. Lower fits the calibration closer and other text worse: on SmolLM2 at 0.16 of the bytes,
+# 32 windows, 0.01 lost 2.98 % on held-out text, 0.03 2.80 %, 0.1 3.31 %.
+DAMPING = 3e-2
 # Above this many bytes of activations in a backward pass, layers are run twice instead.
 CHECKPOINT_BYTES = 8 << 30
 
