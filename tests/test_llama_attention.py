@@ -229,3 +229,27 @@ def test_the_seed_flow_is_kept_to_compare_with():
     for got in (out.logits, integers(ids).logits):
         assert 0 < float((got - exact).norm() / exact.norm()) < 0.05
     assert_same(through_cache(seed, ids, 7), seed(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [None, 2])
+def test_one_query_absorbs_values_as_if_they_were_rebuilt(monkeypatch, groups):
+    """Same integers, other order of sums: float32 apart, for every kind of mask and for biases."""
+    config = LatentConfig(kv_ratio=0.45, heads_per_group=groups, rank_multiple=4)
+    model = make_converted("qwen2", config)
+    ids = ids_of(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        for more in ({}, {"attention_mask": mask}):
+            cut = {name: value[:, :-1] for name, value in more.items()}
+            results = []
+            for absorbs in (True, False):
+                cache = model(ids[:, :-1], **cut).past_key_values
+                with monkeypatch.context() as patch:
+                    if not absorbs:
+                        patch.setattr(LatentAttention, "absorbs", lambda self, options: False)
+                    results.append(model(ids[:, -1:], past_key_values=cache, **more).logits)
+            assert_same(*results)
+            assert not torch.equal(*results)  # two ways, not one

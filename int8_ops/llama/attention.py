@@ -305,7 +305,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to stored latents. The seam: a fused kernel takes these arguments and no others.
 
-    Keys and values are rebuilt from the integers for this pass and dropped; nothing is quantized.
+    Keys are rebuilt from the integers for this pass and dropped; nothing is quantized. So are
+    values, unless there is one query: then the probabilities are applied to the latents, and A to
+    what comes of that (``attend_one``), which is a fraction of the work.
 
     Args:
         module: the attention module, for transformers' interface.
@@ -321,8 +323,63 @@ def attend(
         ``[B, q, H, d]``, and the weights ``[B, H, q, S]`` where the implementation has them.
     """
     key = rotate(a_k.rebuild(stored[0], query.dtype), *rotary)
+    if query.shape[2] == 1 and module.absorbs(kwargs):
+        return attend_one(query, key, stored[1], a_v, mask, kwargs["scaling"])
     value = a_v.rebuild(stored[1], query.dtype)
     return module.interface()(module, query, key, value, mask, **kwargs)
+
+
+def attend_one(
+    query: Tensor,
+    key: Tensor,
+    stored: Sequence[Stored],
+    a_v: LatentProjection,
+    mask: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend with one query a row, without rebuilding values.
+
+    ``sum_t p_t (A s_t l_t) = A sum_t (p_t s_t) l_t``: a token's scale goes into its probability,
+    and the bias passes through, for probabilities sum to 1.
+
+    Args:
+        query: floating ``[B, H, 1, d]``.
+        key: ``[B, heads, S, d]``, rotated.
+        stored: the values of all S tokens.
+        a_v: what would rebuild them.
+        mask: None, or ``[B, 1, 1, >= S]``: what to add to the scores, or True where to attend.
+        scaling: of the scores.
+
+    Returns:
+        ``[B, 1, H, d]`` and the weights ``[B, H, 1, S]``.
+    """
+    batch, heads, _, size = query.shape
+    groups, together = a_v.groups, heads // a_v.groups
+    repeats = heads // key.shape[1]
+    scores = torch.matmul(query.view(batch, -1, repeats, size), key.transpose(2, 3)) * scaling
+    scores = scores.view(batch, heads, 1, -1).float()
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    weights = scores.softmax(dim=-1)
+    grouped = weights.view(batch, groups, together, -1)
+    total: Tensor | None = None
+    for piece, (q, scale) in zip(a_v.pieces(), stored, strict=True):
+        latents = integers_of(q, piece.part).to(query.dtype)
+        scaled = grouped if scale is None else grouped * scale[:, :, None]
+        mixed = torch.matmul(scaled.to(query.dtype), latents)  # [B, G, H / G, rank]
+        # Each query head takes the rows of A that belong to its KV head.
+        a = piece.matrix(query.dtype).view(groups, -1, size, piece.part.rank)
+        mixed = mixed.view(batch, groups, -1, repeats, piece.part.rank)
+        part = torch.matmul(mixed, a.transpose(-1, -2))
+        total = part if total is None else total + part
+    assert total is not None
+    output = total.reshape(batch, 1, heads, size)
+    if a_v.bias is not None:
+        output = output + a_v.bias.view(-1, 1, size).expand(-1, repeats, -1).reshape(heads, size)
+    return output, weights.to(query.dtype)
 
 
 class LatentAttention(nn.Module):
@@ -378,6 +435,17 @@ class LatentAttention(nn.Module):
     def set_rotary(self, rotary_emb: nn.Module) -> None:
         """Refer to the model's rotary embedding: in a tuple, so that it is not a child of this."""
         self._rotary_emb = (rotary_emb,)
+
+    def absorbs(self, options: dict[str, Any]) -> bool:
+        """Whether a step may go around transformers' attention function: plain softmax attention.
+
+        Values that were quantized again after they were stored (the seed flow) have to be rebuilt.
+        """
+        return (
+            self.config._attn_implementation in ("sdpa", "eager")
+            and not options.get("dropout")
+            and self.spec.flow == "integer"
+        )
 
     def interface(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """transformers' attention function for the model's ``attn_implementation``."""
