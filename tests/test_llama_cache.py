@@ -155,10 +155,11 @@ def test_one_row_of_positions_grows_to_many(kind):
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(-2, 5), (5, 5), (0, 7), (9, 7), (-7, 0)])
-def test_crop(kind, tokens, kept):
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_crop(kind, tokens, kept, as_tensor):
     cache, found = make(kind), latents(2, 7)
     feed(cache, found)
-    cache.crop(tokens)
+    cache.crop(torch.tensor(tokens) if as_tensor else tokens)
     assert int(cache.get_seq_length()) == kept
     assert_holds(cache, [tuple(t[:, :, :kept] for t in pair) for pair in found])
     more = latents(2, 3, seed=1)

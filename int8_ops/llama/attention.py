@@ -360,9 +360,8 @@ def attend_one(
     scores = scores.view(batch, heads, 1, -1).float()
     if mask is not None:
         mask = mask[..., : key.shape[2]]
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
+        chosen = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if chosen else scores + mask
     weights = scores.softmax(dim=-1)
     grouped = weights.view(batch, groups, together, -1)
     total: Tensor | None = None

@@ -319,13 +319,14 @@ def _as_indices(indices: Tensor, t: Tensor) -> Tensor:
     return indices.to(device=t.device, dtype=torch.int64)
 
 
-def _target_length(length: int, tokens: int) -> int:
-    """Negative: so many fewer; positive: so many in all; 0: no change."""
-    if tokens > 0:
-        return min(tokens, length)
-    if -tokens > length:
-        raise ValueError(f"LatentCache: expected to crop at most {length} tokens, got {-tokens}")
-    return length + tokens
+def _target_length(length: int, tokens: Any) -> int:
+    """Negative: so many fewer; positive: so many in all; 0: no change. 5.17 passes a tensor."""
+    change = int(tokens)
+    if change > 0:
+        return min(change, length)
+    if -change > length:
+        raise ValueError(f"LatentCache: expected to crop at most {length} tokens, got {-change}")
+    return length + change
 
 
 class StaticLatentLayer(LatentLayer):
