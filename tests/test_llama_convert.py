@@ -411,8 +411,12 @@ def test_a_plot_needs_points():
 def test_training_mode_and_gradient_flags_survive():
     model = make_model().train()
     model.lm_head.weight.requires_grad_(False)
+    model.model.layers[1].self_attn.q_proj.requires_grad_(False)
     convert(model, CALIBRATION, LatentConfig(kv_ratio=0.5, rank_multiple=8), progress=False)
     assert model.training
     assert all(module.training for module in model.modules())
     assert not model.lm_head.weight.requires_grad
+    flags = [layer.self_attn.q_proj.weight.requires_grad for layer in model.model.layers]
+    assert flags == [True, False, True]
+    assert not model.model.layers[0].self_attn.k_proj.BLinear.weight.requires_grad
     assert model.model.layers[0].mlp.up_proj.weight.requires_grad

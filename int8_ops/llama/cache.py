@@ -526,7 +526,9 @@ class LatentCache(Cache):  # type: ignore[misc]
         """
         made = self._rotary
         if layer_idx == 0 or made is None or made[0].device != like.device:
-            made = rotary_emb(like, self.positions.view().to(like.device))
+            cos, sin = rotary_emb(like, self.positions.view().to(like.device))
+            # Spread over devices, the embedding answers from its own.
+            made = cos.to(like.device), sin.to(like.device)
         self._rotary = None if layer_idx == len(self.layers) - 1 else made
         return made
 

@@ -345,9 +345,8 @@ def _convert_layer(
         a, b = _cut(found, parts, (config.seed, attention.layer_idx, number), config.rotate)
         projection: Any = getattr(new, f"{stream}_proj")
         projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias)
-    new.requires_grad_(False)
-    new.q_proj.requires_grad_(True)
-    new.o_proj.requires_grad_(True)
+    new.k_proj.requires_grad_(False)
+    new.v_proj.requires_grad_(False)
     return new
 
 
