@@ -361,9 +361,13 @@ class StaticLatentLayer(LatentLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def slots(self, count: int) -> Tensor:
-        """Where the next ``count`` tokens go, int64 ``[count]``.
+        """Where the next ``count`` tokens go, int64 ``[count]``."""
+        return torch.arange(count, device=self.device) + self.cumulative_length
 
-        Raises ValueError where they do not fit; in a compiled graph, a device-side assertion.
+    def check_room(self, count: int) -> None:
+        """Raises ValueError where that many tokens do not fit; waits for the device.
+
+        In a compiled graph, a device-side assertion.
         """
         end = self.cumulative_length + count
         if torch.compiler.is_compiling():
@@ -376,7 +380,6 @@ class StaticLatentLayer(LatentLayer):
                 f"{self.max_cache_len} tokens, got {count} more; make it with a larger "
                 "max_cache_len"
             )
-        return torch.arange(count, device=self.device) + self.cumulative_length
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -646,6 +649,8 @@ class StaticLatentCache(LatentCache):
             layer.lazy_initialization(latent)
         if self.positions.ids is None:
             self.positions.initialize(latent.shape[0], latent.device)
+        # Once a pass: the other layers hold as many.
+        layer.check_room(latent.shape[2])
         slots = layer.slots(latent.shape[2])
         self.positions.write(position_ids, slots)
         return {"slots": slots}
