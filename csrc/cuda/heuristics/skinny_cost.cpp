@@ -96,7 +96,7 @@ double skinny_cost(const SkinnyProblem& p, const DeviceFacts& device, const Skin
 
   const double stores =
       share * tile_rows * tile.cols() * static_cast<double>(p.out_bytes) / kStoreBytesPerCycle;
-  const double tiles = share * row_groups * (tile.rows > 8 ? 3.0 * kTileCycles : 0.0);
+  const double tiles = (share - 1) * row_groups * (tile.rows > 8 ? 4.0 * kTileCycles : 0.0);
   return kLaunchCycles + kLatencyCycles + tiles + std::max(fill, lasting) + (stream - lasting) +
          kTileCycles + kWarpCycles * tile.warps() + stores;
 }
