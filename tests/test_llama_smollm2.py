@@ -110,9 +110,11 @@ def test_slices_of_both_widths_beat_int4_alone_at_the_same_bytes(smol):
 
 
 def test_predicted_loss_is_of_the_size_of_the_measured_one(smol):
-    predicted = sum(choice.cost for choice in smol.plans["0.27"].chosen.values())
-    measured = math.log1p(smol.change("0.27") / 100)
-    assert predicted / 4 < measured < 4 * predicted
+    """Where the loss stands out of what two short windows scatter by: some 0.3 percent."""
+    predicted = sum(choice.cost for choice in smol.plans["0.27 in 4 bits"].chosen.values())
+    measured = math.log1p(smol.change("0.27 in 4 bits") / 100)
+    assert abs(predicted - measured) < 0.8 * predicted + 0.004
+    assert predicted > 0.004
 
 
 @torch.inference_mode()
