@@ -203,7 +203,7 @@ def test_a_missing_transformers_is_named():
         "try:\n    int8_ops.llama.convert\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    assert "int8_ops.llama.convert needs transformers 4.56 or newer" in told
+    assert "int8_ops.llama.convert needs transformers 4.56 to 5.23" in told
 
 
 def run(code: str) -> str:

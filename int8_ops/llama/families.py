@@ -7,6 +7,7 @@ shares that class is covered; any other is refused by name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,13 @@ def check_model(model: nn.Module) -> None:
             that are not plain ``nn.Linear`` (quantized or adapted ones).
         ValueError: RoPE whose frequencies follow the sequence's length.
     """
+    base = getattr(model, "model", None)
+    if base is not None and "cache" in inspect.signature(type(base).forward).parameters:
+        # Renamed in 5.24, where models also return it by another name.
+        raise TypeError(
+            "int8_ops.llama: expected transformers 4.56 to 5.23, whose models take their cache as "
+            f"past_key_values; this {type(base).__name__} takes it as cache"
+        )
     name = type(model).__name__
     for index, attention in attentions(model):
         if isinstance(attention, LatentAttention):
