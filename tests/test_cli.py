@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import int8_ops
 from int8_ops import cli, hf
-from int8_ops._commands import calibration, check, demo, format_table
+from int8_ops._commands import calibration, check, common, demo, format_table
 from int8_ops.backends import fallback
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,8 +345,8 @@ def test_demo_without_an_extra_names_the_commands(module, monkeypatch, capsys):
 )
 def test_the_dtype_of_a_cpu_is_what_torch_can_tell_of_it(mkldnn, dtype, monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
-    assert demo.default_dtype(torch.device("cpu")) == dtype
-    assert demo.default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert common.default_dtype(torch.device("cpu")) == dtype
+    assert common.default_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_demo_names_a_text_that_is_not_there(capsys, tmp_path):

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__, hf, quantize_
-from . import CommandError, cache_story, check_cpu_isa, format_table, pick_backend, pick_device
+from . import CommandError, cache_story, format_table, pick_backend
 from .calibration import factorize, low_rank, weighted_moments
-from .common import DTYPES, default_dtype, not_negative, positive, read_text
+from .common import add_device_arguments, not_negative, pick_dtype, positive, read_text
 
 PATTERN = "*.v_proj"
 QUESTION = "In one short sentence: what is the capital of France?"
@@ -72,17 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows, after the scored ones, that decide what a lower rank keeps; 0: the plain "
         "SVD of the weight (default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu or cuda[:index] (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="dtype of everything that is not int8 (default: bfloat16, or float32 on a CPU without "
-        "bfloat16 instructions)",
-    )
+    add_device_arguments(parser)
     parser.add_argument(
         "--backend", default="auto", help="backend of the INT8 layers (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=positive, help="threads on the CPU (default: torch's)")
     parser.add_argument(
         "--question", default=QUESTION, help="what to ask the model (default: %(default)s)"
     )
@@ -244,12 +237,7 @@ def report(variants: list[Variant], tokens: int, predicted: int) -> str:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``demo``; 0 when the table is printed."""
     started = time.perf_counter()
-    device = pick_device(args.device)
-    if device.type == "cpu":
-        check_cpu_isa()
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device, dtype = pick_dtype(args)
     source, text = read_text(args.text)
     pick_backend(device, args.backend)  # refuse it before the model is loaded
     try:
