@@ -254,7 +254,7 @@ def run_python(arguments: list[str], **env: str) -> subprocess.CompletedProcess[
 
 
 def has_hopper() -> bool:
-    """Whether this device and this build have the paths resident and stream."""
+    """Whether this device and this build have the paths for Hopper."""
     archs = set(_extension.build_info.require().info()["cuda_archs"].split(";"))
     return bool({"9.0a", "9.0a+PTX"} & archs) and torch.cuda.get_device_capability() == (9, 0)
 
@@ -262,7 +262,7 @@ def has_hopper() -> bool:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_by_its_name(path: str) -> None:
     """The heuristics choose within it; a pass is printed, and forced where a plan asks for it."""
-    if path in ("resident", "stream") and not has_hopper():
+    if path in ("resident", "stream", "stationary") and not has_hopper():
         pytest.skip("needs capability 9.0 and a build for 9.0a")
     code = f"""
 import os, torch, int8_ops
@@ -462,6 +462,30 @@ def test_quantize_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> Non
     expected = reference.quantize_per_channel(x, 0)
     for got, want in zip(ops.quantize_per_channel(x.to(cuda), 0), expected, strict=True):
         equal(("per channel", cols, dtype), got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exponent", [-20, -9, 0, 5])
+def test_every_quotient_of_16_bit_rows(
+    dtype: torch.dtype, exponent: int, cuda: torch.device
+) -> None:
+    """Every significand of amax, and under it every one of x, down to where all round to 0.
+
+    The kernels take one product a value where the reference divides: see row_math.cuh.
+    """
+    ones = 1 << (11 if dtype == torch.float16 else 8)
+    significands = torch.arange(ones // 2, ones, device=cuda, dtype=torch.float32)
+    scales = 2.0 ** torch.arange(0, -9, -1, device=cuda, dtype=torch.float32)
+    x = (significands[None] * scales[:, None]).flatten().expand(len(significands), -1)
+    x = torch.where(x <= significands[:, None], x, significands[:, None]) / ones * 2.0**exponent
+    # Signs in turn, so that both sides of every tie are met.
+    signs = 1 - 2 * (torch.arange(x.shape[1], device=cuda) % 2)
+    for sign in (1, -1):
+        rows = (x * signs * sign).to(dtype)
+        q, scale = ops.quantize_per_token(rows)
+        expected_q, expected_scale = reference.quantize_per_token(rows)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(q, expected_q), (q != expected_q).nonzero()[:4].tolist()
 
 
 @every_dtype

@@ -45,6 +45,13 @@ struct Chunk {
 
   // The same over several chunks. |x| in 16 bits compares like an unsigned integer, NaN above all.
   using Amax = uint32_t;
+  static __device__ __forceinline__ float amax_of_bits(uint32_t bits) {
+    if constexpr (std::is_same_v<T, __half>) {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    } else {
+      return __uint_as_float(bits << 16);
+    }
+  }
   __device__ __forceinline__ void add_to(Amax& m) const {
     m = __vmaxu2(m, __vmaxu2(raw.x & 0x7fff7fffu, raw.y & 0x7fff7fffu));
     m = __vmaxu2(m, __vmaxu2(raw.z & 0x7fff7fffu, raw.w & 0x7fff7fffu));
@@ -124,16 +131,32 @@ inline constexpr float kMaxFinite = 3.402823466e38F;
 // amax / 127, correctly rounded, without a branch: the quotient by the rounded 1/127, and two steps
 // that add what is missing (see RowDivision below). A small amax is scaled up by a power of two, so
 // that no remainder underflows.
-__device__ __forceinline__ float divide_by_127(float amax) {
-  constexpr float kInverse = 1.0F / static_cast<float>(kQuantMax);
-  const bool small = amax < 0x1p-60F;
-  const float a = small ? amax * 0x1p64F : amax;
-  float t = __fmul_rn(a, kInverse);
+struct AmaxQuotient {
+  float amax;  // scaled
+  float t;     // scaled: RN(amax / 127)
+  bool small;
+
+  static __device__ __forceinline__ AmaxQuotient of(float amax) {
+    constexpr float kInverse = 1.0F / static_cast<float>(kQuantMax);
+    AmaxQuotient quotient;
+    quotient.small = amax < 0x1p-60F;
+    quotient.amax = quotient.small ? amax * 0x1p64F : amax;
+    quotient.t = __fmul_rn(quotient.amax, kInverse);
 #pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    t = __fmaf_rn(__fmaf_rn(-t, static_cast<float>(kQuantMax), a), kInverse, t);
+    for (int step = 0; step < 2; ++step) {
+      quotient.t = __fmaf_rn(quotient.remainder(), kInverse, quotient.t);
+    }
+    return quotient;
   }
-  return small ? t * 0x1p-64F : t;
+  // amax - 127 t: exact.
+  __device__ __forceinline__ float remainder() const {
+    return __fmaf_rn(-t, static_cast<float>(kQuantMax), amax);
+  }
+  __device__ __forceinline__ float value() const { return small ? t * 0x1p-64F : t; }
+};
+
+__device__ __forceinline__ float divide_by_127(float amax) {
+  return AmaxQuotient::of(amax).value();
 }
 
 // The smallest amax whose RN(amax / 127) is a normal number: the float32 below it, by 2^-23.99 of
@@ -159,15 +182,31 @@ struct RowScale {
   }
 };
 
-// Note [Multiply, then repair]
-// rint(RN(x / s)) is wanted; x * (1/s) is cheaper. Take 1/s from both sides, `up` and `down`, far
-// enough apart for the roundings of up, of down and of x / s itself: then RN(x / s) lies between
-// x * down and x * up, and where these round to one integer so does it. Where they do not (about
-// one value in 25,000), the quotient is made exact.
-//
-// One FMA multiplies and rounds: x * up + 1.5 * 2^23 has rint(x * up), ties to even, in its low
-// mantissa bits, as two's complement; the product is not rounded before.
+// One FMA multiplies and rounds: x * inverse + 1.5 * 2^23 has rint(x * inverse), ties to even, in
+// its low mantissa bits, as two's complement; the product is not rounded before.
 inline constexpr float kRintMagic = 12582912.0F;
+
+// Note [Multiply, then repair]
+// rint(RN(x / s)) is wanted, with s = RN(amax / 127); x * (1/s) is cheaper. For float32 take 1/s
+// from both sides, `up` and `down`, far enough apart for the roundings of up, of down and of x / s
+// itself: then RN(x / s) lies between x * down and x * up, and where these round to one integer so
+// does it. Where they do not (about one value in 25,000), the quotient is made exact.
+//
+// Note [One product for 16-bit rows]
+// x and amax have few significant bits, 8 in bfloat16 and 11 in float16, so x / amax is a quotient
+// of small integers, and x * 127 / amax is either a half-integer exactly or away from every one by
+// 1 / (254 * 2047) of itself (1 / (254 * 255) in bfloat16): more than 2^-20, which is more than s,
+// RN(x / s) and an approximate inverse are off together. So any inverse within 2^-20 gives the
+// right integer, but for ties. With x = X 2^i and amax = A 2^j, both odd, a tie means that 127 A
+// divides into 254 X times a power of two and an odd integer below 255:
+//   - that integer is 127: |x| is amax / 2, the same for the whole row. An inverse a little above
+//   or
+//     below 127 / amax takes the side that RN(x / s) is on, which one remainder tells;
+//   - or 127 divides A: s is A / 127 times a power of two, exactly. Where it is a power of two, so
+//     is the inverse, and products are exact, as quotients are. Else (float16 alone, one row in
+//     150) the row is divided.
+template <typename T>
+inline constexpr bool kOneProduct = sizeof(T) == 2;
 
 struct RowBounds {
   float up;
@@ -177,6 +216,39 @@ struct RowBounds {
   // here and that of x / s, 2^-24 each.
   static __device__ __forceinline__ RowBounds around(float inverse) {
     return {inverse * (1.0F + 0x1p-21F), inverse * (1.0F - 0x1p-21F)};
+  }
+};
+
+// How a row of T is quantized by products, from its amax.
+struct RowFactor {
+  float stored;
+  float divisor;  // NaN where the row is not finite
+  float inverse;  // about 1 / divisor; 0 where the row becomes zeros; negative where it is not
+                  // finite, or where products of 16-bit values do not give the integers
+
+  template <typename T>
+  static __device__ __forceinline__ RowFactor from_amax(float amax) {
+    const bool usable = amax >= kMinUsableAmax;
+    const bool finite = amax <= kMaxFinite;
+    const AmaxQuotient quotient = AmaxQuotient::of(amax);
+    RowFactor f;
+    f.divisor = finite ? quotient.value() : __int_as_float(0x7fc00000);
+    f.stored = finite && !usable ? 1.0F : f.divisor;
+    f.inverse = ptx::rcp_approx(f.divisor);
+    if constexpr (kOneProduct<T>) {
+      // RN(amax / 2 / s) is 63.5, a tie whose even side is 64, from half an ulp below on.
+      const float rest = __fmaf_rn(-63.5F, quotient.t, 0.5F * quotient.amax);
+      f.inverse *= rest >= -0x1p-19F * quotient.t ? 1.0F + 0x1p-21F : 1.0F - 0x1p-21F;
+      const uint32_t bits = __float_as_uint(f.divisor);
+      if ((bits & 0x007fffffu) == 0) {
+        f.inverse = __uint_as_float(0x7f000000u - bits);
+      } else if (std::is_same_v<T, __half> && quotient.remainder() == 0.0F) {
+        f.inverse = -1.0F;
+      }
+    }
+    if (!usable) f.inverse = 0.0F;
+    if (!finite) f.inverse = -1.0F;
+    return f;
   }
 };
 
@@ -232,40 +304,40 @@ __device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], const RowBo
   return pack_x4(q);
 }
 
-// The same with the reciprocal as the hardware has it, which RowBounds allows for: no subroutine.
-struct RowFactor {
-  float stored;
-  float divisor;  // NaN where the row is not finite
-  float inverse;  // about 1 / divisor, or 0 where the row becomes zeros
-
-  static __device__ __forceinline__ RowFactor from_amax(float amax) {
-    const bool usable = amax >= kMinUsableAmax;
-    const bool finite = amax <= kMaxFinite;
-    RowFactor f;
-    f.divisor = finite ? divide_by_127(amax) : __int_as_float(0x7fc00000);
-    f.inverse = usable && finite ? ptx::rcp_approx(f.divisor) : 0.0F;
-    f.stored = finite && !usable ? 1.0F : f.divisor;
-    return f;
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowBounds& bounds,
-                                                uint32_t& doubt) {
-  float x[4];
-  uint2 q;
-  chunk.template to_float<0>(x);
-  q.x = quantize_x4(x, bounds, doubt);
-  chunk.template to_float<1>(x);
-  q.y = quantize_x4(x, bounds, doubt);
-  return q;
+__device__ __forceinline__ uint32_t quantize_x4(const float (&x)[4], float inverse) {
+  uint32_t q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(__fmaf_rn(x[i], inverse, kRintMagic));
+  return pack_x4(q);
 }
 
-// By division alone: twice the work on the FMA units, but no branch and a fifth of the code, for a
-// kernel that quantizes little and is in a hurry to begin.
+// `doubt` becomes nonzero where the chunk must be divided.
+template <typename T>
+__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, float inverse,
+                                                uint32_t& doubt) {
+  float lo[4];
+  float hi[4];
+  chunk.template to_float<0>(lo);
+  chunk.template to_float<1>(hi);
+  doubt |= inverse < 0.0F ? 1 : 0;
+  if constexpr (kOneProduct<T>) {
+    return make_uint2(quantize_x4(lo, inverse), quantize_x4(hi, inverse));
+  } else {
+    const RowBounds bounds = RowBounds::around(inverse);
+    uint2 q;
+    q.x = quantize_x4(lo, bounds, doubt);
+    q.y = quantize_x4(hi, bounds, doubt);
+    return q;
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ uint2 quantize_chunk_by_division(const Chunk<T>& chunk,
-                                                            const RowDivision& d, bool finite) {
+                                                            const RowFactor& f) {
+  RowScale s;
+  s.divisor = f.divisor;
+  s.inverse = f.inverse == 0.0F ? 0.0F : __frcp_rn(f.divisor);
+  const RowDivision d = RowDivision::by(s);
   float x[8];
   chunk.template to_float<0>(reinterpret_cast<float (&)[4]>(x[0]));
   chunk.template to_float<1>(reinterpret_cast<float (&)[4]>(x[4]));
@@ -274,18 +346,19 @@ __device__ __forceinline__ uint2 quantize_chunk_by_division(const Chunk<T>& chun
   for (int i = 0; i < 8; ++i) {
     q[i / 4][i % 4] = __float_as_uint(__fadd_rn(d.quotient(x[i]), kRintMagic));
   }
-  return finite ? make_uint2(pack_x4(q[0]), pack_x4(q[1])) : make_uint2(0, 0);
+  return f.divisor <= kMaxFinite ? make_uint2(pack_x4(q[0]), pack_x4(q[1])) : make_uint2(0, 0);
 }
 
-// By multiplication, with the repair: for a kernel that quantizes much.
 template <typename T>
-__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowScale& s) {
+__device__ __forceinline__ uint2 quantize_chunk(const Chunk<T>& chunk, const RowFactor& f) {
   uint32_t doubt = 0;
-  uint2 q = quantize_chunk(chunk, RowBounds::around(s.inverse), doubt);
-  if (__builtin_expect(doubt != 0, 0)) {
-    q = quantize_chunk_by_division(chunk, RowDivision::by(s), true);
+  uint2 q = quantize_chunk(chunk, f.inverse, doubt);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // Only rows that are not finite: zeros.
+    return doubt != 0 ? make_uint2(0, 0) : q;
   }
-  return s.finite ? q : make_uint2(0, 0);
+  if (__builtin_expect(doubt != 0, 0)) q = quantize_chunk_by_division(chunk, f);
+  return q;
 }
 
 __device__ __forceinline__ int8_t quantize_one(float x, const RowScale& s) {

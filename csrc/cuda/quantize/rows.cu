@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm<T>(kChunksPerThread))
   float amax = 0.0F;
 #pragma unroll
   for (int i = 0; i < kChunksPerThread; ++i) amax = ptx::max_nan_f32(amax, chunks[i].amax());
-  const RowScale s = RowScale::from_amax(row_amax<kThreadsPerRow>(amax, scratch));
+  const RowFactor f = RowFactor::from_amax<T>(row_amax<kThreadsPerRow>(amax, scratch));
   if (!in_range) return;
 
   q += row * cols;
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm<T>(kChunksPerThread))
   for (int i = 0; i < kChunksPerThread; ++i) {
     const int col = (i * kThreadsPerRow + lane) * kChunk;
     if (col >= cols) continue;
-    *reinterpret_cast<uint2*>(q + col) = quantize_chunk(chunks[i], s);
+    *reinterpret_cast<uint2*>(q + col) = quantize_chunk(chunks[i], f);
   }
-  if (lane == 0) scale[row] = s.stored;
+  if (lane == 0) scale[row] = f.stored;
 }
 
 // One block a row, value by value: any length, any alignment.

@@ -37,7 +37,7 @@ struct alignas(128) SharedStorage {
   uint8_t ring[kTile.warps()][kTile.steps * SkinnyTile::kStepBytes];
   int32_t sums[kTile.warps_n][kTile.warps_k][kTile.rows][SkinnyTile::kSumPitch];
   EpilogueFactors<kTile.rows, kTile.cols()> factors;
-  RowDivision divisions[kTile.rows];
+  RowFactor row_factors[kTile.rows];
   uint32_t amax[kTile.rows];  // bits of a float that is not negative, or NaN: ordered as integers
 };
 

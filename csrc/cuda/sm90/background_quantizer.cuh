@@ -128,10 +128,7 @@ struct BackgroundQuantizer {
         now = next;
       }
       load(now, 0);
-      float amax[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) amax[r] = Chunk<T>::amax_of(packed[r]);
-      const auto factors = Round::factors_of(amax, [&](int32_t r, float scale) {
+      const auto factors = Round::factors_of(packed, [&](int32_t r, float scale) {
         if (row + r < args.m) args.row_scales[row + r] = scale;
       });
 #pragma unroll 1

@@ -12,13 +12,14 @@ namespace int8_ops::cuda::sm90 {
 // kLanes * kChunks * 8 values.
 template <typename T, int kLanes, int kChunks, int kPasses>
 struct RowRound {
+  static constexpr int kRowLanes = kLanes;
   static constexpr int kRowsPerPass = 32 / kLanes;
   static constexpr int kRows = kPasses * kRowsPerPass;
 
   // Of each pass's row.
   struct Factors {
-    float divisor[kPasses];  // NaN where the row is not finite
-    float inverse[kPasses];  // about 1 / divisor, or 0 where the row becomes zeros
+    float amax[kPasses];
+    float inverse[kPasses];  // RowFactor's
   };
 
   Chunk<T> chunks[kPasses][kChunks];
@@ -55,38 +56,30 @@ struct RowRound {
   // keep(row in round, scale) is called once a row, by one of its lanes.
   template <typename Keep>
   __device__ __forceinline__ Factors find_factors(Keep&& keep) const {
-    float amax[kPasses];
+    typename Chunk<T>::Amax m[kPasses];
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      typename Chunk<T>::Amax m = {};
+      m[p] = {};
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) chunks[p][i].add_to(m);
-      amax[p] = Chunk<T>::amax_of(m);
+      for (int i = 0; i < kChunks; ++i) chunks[p][i].add_to(m[p]);
     }
-    return factors_of(amax, keep);
+    return factors_of(m, keep);
   }
 
   // From what each lane found of its rows.
   template <typename Keep>
-  static __device__ __forceinline__ Factors factors_of(float (&amax)[kPasses], Keep&& keep) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        amax[p] = ptx::max_nan_f32(amax[p], __shfl_xor_sync(0xffffffffu, amax[p], offset));
-      }
-    }
+  static __device__ __forceinline__ Factors factors_of(typename Chunk<T>::Amax (&m)[kPasses],
+                                                       Keep&& keep) {
     Factors f;
-    float stored = 0.0F;
+    reduce(m, f.amax);
+    // One lane finds the factor of a pass for all.
+    const RowFactor one = RowFactor::from_amax<T>(of_lane(f.amax));
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      const RowFactor one = RowFactor::from_amax(amax[p]);
-      f.divisor[p] = one.divisor;
-      f.inverse[p] = one.inverse;
-      if (lane() == p) stored = one.stored;
+      f.inverse[p] = __shfl_sync(0xffffffffu, one.inverse, p, kLanes);
     }
     static_assert(kPasses <= kLanes);
-    if (lane() < kPasses) keep(row_in_round(lane()), stored);
+    if (lane() < kPasses) keep(row_in_round(lane()), one.stored);
     return f;
   }
 
@@ -98,13 +91,11 @@ struct RowRound {
     uint32_t doubts = 0;  // a bit a chunk, the last one lowest
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      const RowBounds bounds = RowBounds::around(f.inverse[p]);
-      const bool finite = f.divisor[p] <= kMaxFinite;
       int8_t* const to = place(row_in_round(p));
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        uint32_t doubt = finite ? 0 : 1;
-        const uint2 q = quantize_chunk(chunks[p][i], bounds, doubt);
+        uint32_t doubt = 0;
+        const uint2 q = quantize_chunk(chunks[p][i], f.inverse[p], doubt);
         const bool wanted = to != nullptr && chunk_of(i) * kChunk < bound;
         if (wanted) *reinterpret_cast<uint2*>(to + i * stride) = q;
         doubts = doubts * 2 + (wanted ? min(doubt, 1U) : 0);
@@ -112,31 +103,100 @@ struct RowRound {
     }
     // One branch, so that all above is one block for the scheduler; and the code of one chunk, so
     // that little lies between what runs.
-    if (__builtin_expect(doubts != 0, 0)) repair(doubts, f, stride, place);
+    if (__builtin_expect(doubts != 0, 0)) {
+#pragma unroll 1
+      for (; doubts != 0; doubts &= doubts - 1) {
+        const int index = index_of(doubts);
+        int8_t* const to = place(row_in_round(index / kChunks)) + index % kChunks * stride;
+        *reinterpret_cast<uint2*>(to) = by_division(index, f);
+      }
+    }
+  }
+
+  // The same, kept in registers, for 16-bit values; what is beyond the row is zeros. Returns a bit
+  // a pass whose row must be divided instead.
+  __device__ __forceinline__ uint32_t quantize(const Factors& f,
+                                               uint2 (&q)[kPasses][kChunks]) const {
+    static_assert(kOneProduct<T>);
+    uint32_t to_divide = 0;
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      uint32_t doubt = 0;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        q[p][i] = quantize_chunk(chunks[p][i], f.inverse[p], doubt);
+      }
+      to_divide |= doubt << p;
+    }
+    return to_divide;
   }
 
  private:
-  template <typename Place>
-  __device__ __forceinline__ void repair(uint32_t doubts, const Factors& f, int32_t stride,
-                                         Place&& place) const {
-#pragma unroll 1
-    for (; doubts != 0; doubts &= doubts - 1) {
-      const int index = kPasses * kChunks - __ffs(static_cast<int>(doubts));
-      // Selected, not indexed: an index would put the chunks into local memory.
-      Chunk<T> chunk = chunks[0][0];
-      RowScale s;
-      s.divisor = f.divisor[0];
+  // values[lane() % kPasses]: selected bit by bit, since the compiler makes an index of a chain of
+  // comparisons, and so puts the values into local memory.
+  static __device__ __forceinline__ float of_lane(const float (&values)[kPasses]) {
+    static_assert((kPasses & (kPasses - 1)) == 0);
+    float left[kPasses];
 #pragma unroll
-      for (int other = 1; other < kPasses * kChunks; ++other) {
-        if (index != other) continue;
-        chunk = chunks[other / kChunks][other % kChunks];
-        s.divisor = f.divisor[other / kChunks];
+    for (int p = 0; p < kPasses; ++p) left[p] = values[p];
+#pragma unroll
+    for (int bit = 1; bit < kPasses; bit *= 2) {
+#pragma unroll
+      for (int p = 0; p < kPasses; p += 2 * bit) {
+        left[p] = (lane() & bit) != 0 ? left[p + bit] : left[p];
       }
-      s.inverse = __frcp_rn(s.divisor);
-      int8_t* const to = place(row_in_round(index / kChunks)) + index % kChunks * stride;
-      *reinterpret_cast<uint2*>(to) =
-          quantize_chunk_by_division(chunk, RowDivision::by(s), s.divisor <= kMaxFinite);
     }
+    return left[0];
+  }
+
+  // amax over the lanes of a row. Rows of 16 bits go two to a word.
+  static __device__ __forceinline__ void reduce(typename Chunk<T>::Amax (&m)[kPasses],
+                                                float (&amax)[kPasses]) {
+    if constexpr (kOneProduct<T>) {
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) m[p] = __vmaxu2(m[p], m[p] >> 16) & 0xffffu;
+#pragma unroll
+      for (int p = 0; p + 1 < kPasses; p += 2) m[p] |= m[p + 1] << 16;
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int p = 0; p < kPasses; p += 2) {
+          m[p] = __vmaxu2(m[p], __shfl_xor_sync(0xffffffffu, m[p], offset));
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        amax[p] = Chunk<T>::amax_of_bits(p % 2 == 0 ? m[p] & 0xffffu : m[p - 1] >> 16);
+      }
+    } else {
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) amax[p] = Chunk<T>::amax_of(m[p]);
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int p = 0; p < kPasses; ++p) {
+          amax[p] = ptx::max_nan_f32(amax[p], __shfl_xor_sync(0xffffffffu, amax[p], offset));
+        }
+      }
+    }
+  }
+
+  // Of the chunk that the lowest bit of `doubts` stands for.
+  static __device__ __forceinline__ int index_of(uint32_t doubts) {
+    return kPasses * kChunks - __ffs(static_cast<int>(doubts));
+  }
+
+  __device__ __forceinline__ uint2 by_division(int index, const Factors& f) const {
+    // Selected, not indexed: an index would put the chunks into local memory.
+    Chunk<T> chunk = chunks[0][0];
+    float amax = f.amax[0];
+#pragma unroll
+    for (int other = 1; other < kPasses * kChunks; ++other) {
+      if (index != other) continue;
+      chunk = chunks[other / kChunks][other % kChunks];
+      amax = f.amax[other / kChunks];
+    }
+    return quantize_chunk_by_division(chunk, RowFactor::from_amax<T>(amax));
   }
 };
 
