@@ -27,9 +27,10 @@ struct Consumer {
   const typename Tile::Factors* factors;  // [args.factor_slots]
   uint32_t staging;                       // of this warpgroup
   RingBarriers ring;
-  RingPlace read;   // the next stage to multiply
-  RingPlace freed;  // the next stage to give back
-  int32_t slot;     // of the factors of the next tile to store
+  RingBarriers slots;  // of the factors; empty alone
+  RingPlace read;      // the next stage to multiply
+  RingPlace freed;     // the next stage to give back
+  RingPlace slot;      // of the factors of the next tile to store
 
   // Multiplies, scales and stores the tiles that next(place) names until it returns false.
   template <typename Next>
@@ -64,11 +65,9 @@ struct Consumer {
     read.next(args.stages);
   }
 
-  // In every block of the cluster: each of them loads a share of every stage. One lane speaks for
-  // the warp, whose reads of the factors of tiles before are over.
+  // In every block of the cluster: each of them loads a share of every stage.
   __device__ __forceinline__ void free_stage() {
     const uint32_t lane = threadIdx.x % 32;
-    __syncwarp();
     if constexpr (kCluster == 1) {
       if (lane == 0) ptx::mbarrier_arrive(ring.empty_at(freed));
     } else {
@@ -117,8 +116,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void store(const Sums& sums, TilePlace place) {
-    const typename Tile::Factors& tile_factors = factors[slot];
-    if (++slot == args.factor_slots) slot = 0;
+    const typename Tile::Factors& tile_factors = factors[slot.stage];
     if constexpr (Operands::kRowFactors) {
       const int row = place.row_first % (2 * kWarpgroupM) + Tile::row_of_thread();
       place.row_scale[0] = tile_factors.row_scale[row];
@@ -130,6 +128,8 @@ struct Consumer {
     } else {
       Tile::template store_32bit<kOut>(sums, args.epilogue, tile_factors, place);
     }
+    ptx::mbarrier_arrive(slots.empty_at(slot));
+    slot.next(args.factor_slots);
   }
 };
 

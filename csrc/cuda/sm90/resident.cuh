@@ -40,6 +40,7 @@ struct ResidentKernel {
     float scales[kBlockM];
     StageBarriers<kSm90MaxStages> ring;
     StageBarriers<2> rows;
+    SlotBarriers<kSm90MaxFactorSlots> slots;
   };
   static_assert(sizeof(Head) <= ResidentTile::kHeadBytes, "scales and barriers fit the head");
   static_assert(sizeof(typename Tile::Factors) == kTile.slot_bytes());
@@ -60,6 +61,7 @@ struct ResidentKernel {
   typename Tile::Factors* factors;
   RingBarriers ring;
   RingBarriers row_ring;
+  RingBarriers slots;
   uint32_t row_buffers;
 
   __device__ __forceinline__ int32_t works() const { return args.m_tiles * args.n_parts; }
@@ -89,15 +91,17 @@ struct ResidentKernel {
     }
   }
 
-  // `slot` names the factors' place, with the tile's last K-block; else it is negative.
+  // `slot`: the factors' place, with the tile's last K-block; else null.
   __device__ __forceinline__ void load_stage(const RingPlace& at, int32_t k_block, int32_t n_tile,
-                                             int32_t slot) const {
+                                             const RingPlace* slot) const {
     ring.wait_empty(at);
+    if (slot != nullptr) slots.wait_empty(*slot);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = n_tile * kBlockN;
     const FactorLoader<false, kBlockN> loader(args, n_first, 0);
-    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (slot < 0 ? 0 : loader.bytes()));
-    if (slot >= 0) loader.load(factors[slot], full);
+    ptx::mbarrier_arrive_expect_tx(full,
+                                   kTile.stage_bytes() + (slot == nullptr ? 0 : loader.bytes()));
+    if (slot != nullptr) loader.load(factors[slot->stage], full);
     ptx::tma_load_2d(ptx::shared_address(stages) + at.stage * kTile.stage_bytes(), &args.w_map,
                      full, k_block * kBlockK, n_first);
   }
@@ -105,7 +109,7 @@ struct ResidentKernel {
   __device__ __forceinline__ void produce() const {
     RingPlace at;
     RingPlace rows_at;
-    int32_t slot = 0;
+    RingPlace slot;
     for (int32_t index = static_cast<int32_t>(blockIdx.x); index < works();
          index += static_cast<int32_t>(gridDim.x)) {
       const Work work = work_at(index);
@@ -117,10 +121,10 @@ struct ResidentKernel {
       }
       for (int32_t n_tile = work.n_begin; n_tile < work.n_end; ++n_tile) {
         for (int32_t b = 0; b < args.k_blocks; ++b) {
-          load_stage(at, b, n_tile, b + 1 == args.k_blocks ? slot : -1);
+          load_stage(at, b, n_tile, b + 1 == args.k_blocks ? &slot : nullptr);
           at.next(args.stages);
         }
-        if (++slot == args.factor_slots) slot = 0;
+        slot.next(args.factor_slots);
       }
     }
   }
@@ -163,11 +167,8 @@ struct ResidentKernel {
     const int32_t local_row = wg_row + Tile::row_of_thread();
     const uint32_t rows_address = ptx::shared_address(rows) + warpgroup * kWarpgroupM * kBlockK;
     Consumer<Tile, kOut, 1, 2, kTile.ahead, Operands> consumer{
-        {0, ptx::wgmma_descriptor(ptx::shared_address(stages))},
-        args,
-        factors,
-        ptx::shared_address(staging) + warpgroup * Tile::kStagingBytes,
-        ring};
+        {0, ptx::wgmma_descriptor(ptx::shared_address(stages))},        args, factors,
+        ptx::shared_address(staging) + warpgroup * Tile::kStagingBytes, ring, slots};
     RingPlace rows_at;
     for (int32_t index = static_cast<int32_t>(blockIdx.x); index < works();
          index += static_cast<int32_t>(gridDim.x)) {
@@ -225,6 +226,7 @@ struct ResidentKernel {
     kernel.head = head;
     kernel.ring = {ptx::shared_address(head->ring.full), ptx::shared_address(head->ring.empty)};
     kernel.row_ring = {ptx::shared_address(head->rows.full), ptx::shared_address(head->rows.empty)};
+    kernel.slots = {0, ptx::shared_address(head->slots.empty)};
     kernel.row_buffers = row_buffers;
 
     if (threadIdx.x == 0) {
@@ -237,6 +239,9 @@ struct ResidentKernel {
       for (int s = 0; s < 2; ++s) {
         ptx::mbarrier_init(kernel.row_ring.full + s * 8, 1);
         ptx::mbarrier_init(kernel.row_ring.empty + s * 8, kReaders);
+      }
+      for (int s = 0; s < kSm90MaxFactorSlots; ++s) {
+        ptx::mbarrier_init(kernel.slots.empty + s * 8, kWarpgroups * kWarpgroupThreads);
       }
       ptx::fence_mbarrier_init();
     }

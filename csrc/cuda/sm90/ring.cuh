@@ -16,6 +16,13 @@ struct StageBarriers {
   alignas(8) uint64_t empty[kCount];
 };
 
+// Of slots that one thread fills and every reading thread frees: what tells of their filling is
+// another barrier.
+template <int kCount>
+struct SlotBarriers {
+  alignas(8) uint64_t empty[kCount];
+};
+
 // A place in the ring: the stage, and the parity of the phase that its next use waits for.
 struct RingPlace {
   uint32_t stage = 0;

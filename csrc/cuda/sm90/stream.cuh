@@ -38,8 +38,11 @@ struct StreamKernel {
   static constexpr int kSets = kBlockN <= 128 ? 2 : 1;
 
   using Tile = WarpgroupTile<kBlockN, kTile.staged_cols()>;
-  using Ring = StageBarriers<kSm90MaxStages>;
-  static_assert(sizeof(Ring) <= StreamTile::kHeadBytes);
+  struct Head {
+    StageBarriers<kSm90MaxStages> ring;
+    SlotBarriers<kSm90MaxFactorSlots> slots;
+  };
+  static_assert(sizeof(Head) <= StreamTile::kHeadBytes);
   static_assert(sizeof(typename Tile::Factors) == kTile.slot_bytes());
   static_assert(kWarpgroups * Tile::kStagingBytes == kTile.staging_bytes());
 
@@ -48,6 +51,7 @@ struct StreamKernel {
   uint8_t* staging;  // a warpgroup each
   typename Tile::Factors* factors;
   RingBarriers ring;
+  RingBarriers slots;
   uint32_t m_rank;  // of this block in its cluster
   uint32_t n_rank;
 
@@ -74,17 +78,19 @@ struct StreamKernel {
             in_group / group_rows * kClusterN + static_cast<int32_t>(n_rank)};
   }
 
-  // `slot` names the factors' place, with the tile's last K-block; else it is negative.
+  // `slot`: the factors' place, with the tile's last K-block; else null.
   __device__ __forceinline__ void load_stage(const RingPlace& at, const Work& work, int32_t k_block,
-                                             int32_t slot) const {
+                                             const RingPlace* slot) const {
     constexpr int kAShare = kBlockM / kClusterN;
     constexpr int kWShare = kBlockN / kClusterM;
     ring.wait_empty(at);
+    if (slot != nullptr) slots.wait_empty(*slot);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = work.n_tile * kBlockN;
     const FactorLoader<kQuantizes, kBlockN> loader(args, n_first, work.m_tile * kBlockM);
-    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (slot < 0 ? 0 : loader.bytes()));
-    if (slot >= 0) loader.load(factors[slot], full);
+    ptx::mbarrier_arrive_expect_tx(full,
+                                   kTile.stage_bytes() + (slot == nullptr ? 0 : loader.bytes()));
+    if (slot != nullptr) loader.load(factors[slot->stage], full);
     const uint32_t to = ptx::shared_address(stages) + at.stage * kTile.stage_bytes();
     const uint32_t to_a = to + n_rank * (kAShare * kBlockK);
     const uint32_t to_w = to + kABytes + m_rank * (kWShare * kBlockK);
@@ -112,15 +118,15 @@ struct StreamKernel {
 
   __device__ __forceinline__ void produce() const {
     RingPlace at;
-    int32_t slot = 0;
+    RingPlace slot;
     for (int32_t index = first_work(); index < works(); index += work_step()) {
       const Work work = work_at(index);
       if constexpr (kQuantizes) wait_for_rows(args, work.m_tile * kBlockM);
       for (int32_t b = 0; b < args.k_blocks; ++b) {
-        load_stage(at, work, b, b + 1 == args.k_blocks ? slot : -1);
+        load_stage(at, work, b, b + 1 == args.k_blocks ? &slot : nullptr);
         at.next(args.stages);
       }
-      if (++slot == args.factor_slots) slot = 0;
+      slot.next(args.factor_slots);
     }
   }
 
@@ -157,7 +163,8 @@ struct StreamKernel {
         args,
         factors,
         ptx::shared_address(staging) + warpgroup * Tile::kStagingBytes,
-        ring};
+        ring,
+        slots};
     int32_t index = first_work();
     consumer.run([&](TilePlace& place) {
       if (index >= works()) return false;
@@ -186,13 +193,14 @@ struct StreamKernel {
     uint8_t* const staging = storage + args.stages * kTile.stage_bytes();
     auto* const factors =
         reinterpret_cast<typename Tile::Factors*>(staging + kTile.staging_bytes());
-    auto* const barriers = reinterpret_cast<Ring*>(factors + args.factor_slots);
+    auto* const head = reinterpret_cast<Head*>(factors + args.factor_slots);
     const StreamKernel kernel{
         args,
         storage,
         staging,
         factors,
-        {ptx::shared_address(barriers->full), ptx::shared_address(barriers->empty)},
+        {ptx::shared_address(head->ring.full), ptx::shared_address(head->ring.empty)},
+        {0, ptx::shared_address(head->slots.empty)},
         rank % kClusterM,
         rank / kClusterM};
 
@@ -202,6 +210,9 @@ struct StreamKernel {
       for (int s = 0; s < kSm90MaxStages; ++s) {
         ptx::mbarrier_init(kernel.ring.full + s * 8, 1);
         ptx::mbarrier_init(kernel.ring.empty + s * 8, kReaders * kCluster);
+      }
+      for (int s = 0; s < kSm90MaxFactorSlots; ++s) {
+        ptx::mbarrier_init(kernel.slots.empty + s * 8, kWarpgroups * kWarpgroupThreads);
       }
       ptx::fence_mbarrier_init();
     }
