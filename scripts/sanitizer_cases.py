@@ -194,7 +194,7 @@ def skinny_cases() -> Iterator[Outcome]:
 
 
 def why_no_hopper() -> str:
-    """Why this process can't run the paths resident and stream, or an empty text."""
+    """Why this process can't run the paths for Hopper, or an empty text."""
     archs = _extension.build_info.require().info()["cuda_archs"].split(";")
     if not {"9.0a", "9.0a+PTX"} & set(archs):
         return "the build has no code for 9.0a"
@@ -208,7 +208,7 @@ def why_no_hopper() -> str:
 def hopper_cases() -> Iterator[Outcome]:
     """Every tile and source of rows, a pass before or not; the ring of stages goes round."""
     if why_no_hopper():
-        print(f"left out: the paths resident and stream; {why_no_hopper()}")
+        print(f"left out: the paths resident, stream and stationary; {why_no_hopper()}")
         return
     build = _extension.build_info.require()
     multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
@@ -234,6 +234,16 @@ def hopper_cases() -> Iterator[Outcome]:
         rows = 128 * multiprocessors + 133
         for source in (None, torch.bfloat16):
             yield from forced(f"stream:{index}:1", rows, 2 * cols + 8, 16, source, 2)
+    for index, tile in enumerate(build.stationary_tiles()):
+        # Several tiles of rows a block, more columns than a cluster holds, blocks without any.
+        rows = 64 * multiprocessors // tile["cluster"] * 2 + 77
+        for variant, source in enumerate(SOURCES):
+            k = 128 * tile["cluster"]
+            plan = f"stationary:{index}:1" + (":pass" if source == torch.float32 else "")
+            yield from forced(plan, 133, 4104, k, source, variant)
+            yield from forced(plan, 300, 264, k - 16, source, variant + 1)
+            if source != torch.float32:
+                yield from forced(plan, rows, 24, 16, source, variant + 2)
 
 
 def linear_cases() -> Iterator[Outcome]:
@@ -252,7 +262,7 @@ def linear_cases() -> Iterator[Outcome]:
 def main(arguments: list[str]) -> int:
     """Run all; the number of cases, or what differed.
 
-    ``--without-hopper`` leaves out the paths resident and stream, for initcheck: it does not see
+    ``--without-hopper`` leaves out the paths for Hopper, for initcheck: it does not see
     what the bulk copy engine writes, and takes their outputs for uninitialised.
     """
     if arguments not in ([], ["--without-hopper"]):

@@ -203,6 +203,23 @@ def test_every_hopper_tile_is_compiled(path: str, arch: str, compiled: dict) -> 
             assert registers[name] <= 32, name
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_stationary_kernel_is_compiled(arch: str, compiled: dict) -> None:
+    """For int8 and 16-bit rows and every result, whatever the cluster."""
+    registers = compiled["sm90/instantiations/stationary.cu", arch].kernels()
+    pattern = r"stationary_kernelILNS1_6SourceE(\d)ELNS_5DTypeE(\d)E"
+    found = {tuple(map(int, re.search(pattern, name).groups())) for name in registers}
+    assert found == {(source, out) for source, out in HOPPER_VARIANTS if source < 3}
+    assert len(registers) == len(found)
+    threads = BUILD.stationary_tiles()[0]["threads"]
+    for name, count in registers.items():
+        if arch == "sm_90a":
+            assert whole(count) * threads <= REGISTERS_PER_SM, name
+            assert count >= 128, name
+        else:
+            assert count <= 32, name
+
+
 # ---- the built library --------------------------------------------------------------------------
 
 

@@ -26,8 +26,10 @@ NUM_TILES = {
     "skinny": len(BUILD.skinny_tiles()),
     "resident": len(BUILD.resident_tiles()),
     "stream": len(BUILD.stream_tiles()),
+    "stationary": len(BUILD.stationary_tiles()),
 }
-HOPPER = ("resident", "stream")
+HOPPER = ("resident", "stream", "stationary")
+MAX_STATIONARY_K = BUILD.stationary_tiles()[0]["max_k"]
 MAX_RESIDENT_K = 1024
 MAX_SKINNY_ROWS = 256
 X_BYTES = (0, 2, 4)
@@ -48,11 +50,11 @@ GOLDEN_SHAPES = list(dict.fromkeys(tuple(shape) for shape in (*LLAMA, *SMALL_M, 
 # the cost model that changes one of these must be a measured one; --golden prints the table.
 GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
     2: {
-        (32768, 128, 1024): "resident 128x128 staged 128 parts 1",
-        (32768, 256, 1024): "resident 128x128 staged 128 parts 1",
-        (32768, 512, 1024): "resident 128x128 staged 128 parts 1",
+        (32768, 128, 1024): "stationary cluster 1",
+        (32768, 256, 1024): "stationary cluster 2",
+        (32768, 512, 1024): "stationary cluster 4",
         (32768, 1024, 1024): "stream 128x256x128 cluster 2x1 after quantize",
-        (32768, 256, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 256, 4096): "stationary cluster 4",
         (32768, 512, 4096): "resident 128x128 staged 128 parts 1",
         (32768, 1024, 4096): "stream 128x256x128 cluster 2x1",
         (1, 512, 1024): "skinny 8x16 warps 1x8 steps 8",
@@ -87,9 +89,9 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (16, 4096, 14336): "sm80 16x64x256 warps 1x2x2 stages 4 split 1 after quantize",
         (32, 4096, 14336): "sm80 32x64x256 warps 1x2x2 stages 3 split 1 after quantize",
         (64, 4096, 14336): "sm80 64x128x256 warps 2x2x2 stages 3 split 1 after quantize",
-        (32768, 64, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 128, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 192, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 64, 4096): "stationary cluster 2",
+        (32768, 128, 4096): "stationary cluster 2",
+        (32768, 192, 4096): "stationary cluster 4",
         (32768, 384, 4096): "resident 128x128 staged 128 parts 1",
         (32768, 768, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 1536, 4096): "stream 128x256x128 cluster 2x1",
@@ -99,12 +101,12 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 8192, 4096): "stream 128x256x128 cluster 2x1 after quantize",
     },
     0: {
-        (32768, 128, 1024): "resident 128x128 staged 128 parts 1",
-        (32768, 256, 1024): "resident 128x128 staged 128 parts 1",
-        (32768, 512, 1024): "resident 128x128 staged 128 parts 1",
+        (32768, 128, 1024): "stationary cluster 1",
+        (32768, 256, 1024): "stationary cluster 1",
+        (32768, 512, 1024): "stationary cluster 1",
         (32768, 1024, 1024): "stream 128x256x128 cluster 2x1",
-        (32768, 256, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 512, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 256, 4096): "stationary cluster 1",
+        (32768, 512, 4096): "stationary cluster 1",
         (32768, 1024, 4096): "stream 128x256x128 cluster 2x1",
         (1, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
         (128, 512, 4096): "sm80 64x64x128 warps 2x2x1 stages 4 split 1",
@@ -138,10 +140,10 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (16, 4096, 14336): "sm80 16x64x256 warps 1x2x2 stages 4 split 1",
         (32, 4096, 14336): "sm80 32x64x256 warps 1x2x2 stages 3 split 1",
         (64, 4096, 14336): "sm80 64x128x256 warps 2x2x2 stages 3 split 1",
-        (32768, 64, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 128, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 192, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 384, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 64, 4096): "stationary cluster 1",
+        (32768, 128, 4096): "stationary cluster 1",
+        (32768, 192, 4096): "stationary cluster 1",
+        (32768, 384, 4096): "stationary cluster 1",
         (32768, 768, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 1536, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 2048, 4096): "stream 128x256x128 cluster 2x1",
@@ -274,6 +276,14 @@ def test_every_plan_can_run(device: str, kind: str, x_bytes: int) -> None:
                 assert plan["splits"] <= ceil_div(n, BUILD.resident_tiles()[tile]["block_n"]), where
             else:
                 assert plan["splits"] == 1, where
+            if path == "stationary":
+                t = BUILD.stationary_tiles(n=n, k=k)[tile]
+                assert k <= MAX_STATIONARY_K, where
+                assert t["parts"] * t["cluster"] <= DEVICES[device][0], where
+                # What is quantized on the way lies in registers: 16-bit rows, shared by a cluster.
+                quantizes = x_bytes > 0 and not plan["pass"]
+                assert not quantizes or x_bytes == 2, where
+                assert not quantizes or t["cluster"] * t["block_k"] >= k, where
 
 
 @on_devices
@@ -281,7 +291,7 @@ def test_every_plan_can_run(device: str, kind: str, x_bytes: int) -> None:
 @every_source
 def test_every_path_that_can_run_is_offered(device: str, kind: str, x_bytes: int) -> None:
     aligned, wide = KINDS[kind]
-    for (m, _, k), plans in sweep(device, kind, x_bytes):
+    for (m, n, k), plans in sweep(device, kind, x_bytes):
         expected = {"sm80"}
         fits = min(t["shared_bytes"] for t in BUILD.skinny_tiles(m=m, k=k)) <= DEVICES[device][1]
         if aligned and m <= MAX_SKINNY_ROWS and fits:
@@ -290,17 +300,24 @@ def test_every_path_that_can_run_is_offered(device: str, kind: str, x_bytes: int
             expected.add("stream")
             if k <= MAX_RESIDENT_K:
                 expected.add("resident")
+            if k <= MAX_STATIONARY_K and any(
+                t["parts"] * t["cluster"] <= DEVICES[device][0]
+                for t in BUILD.stationary_tiles(n=n, k=k)
+            ):
+                expected.add("stationary")
         assert {plan["path"] for plan in plans} == expected, (m, k)
 
 
-def test_resident_stops_at_its_longest_rows() -> None:
+@pytest.mark.parametrize(
+    ("path", "longest"), [("resident", MAX_RESIDENT_K), ("stationary", MAX_STATIONARY_K)]
+)
+def test_a_path_stops_at_its_longest_rows(path: str, longest: int) -> None:
     for m in SWEEP_M:
         paths = [
-            {plan["path"] for plan in rank(m, 4096, k, x_bytes=2)}
-            for k in (MAX_RESIDENT_K, MAX_RESIDENT_K + 16)
+            {plan["path"] for plan in rank(m, 4096, k, x_bytes=2)} for k in (longest, longest + 16)
         ]
-        assert "resident" in paths[0]
-        assert "resident" not in paths[1]
+        assert path in paths[0]
+        assert path not in paths[1]
 
 
 @on_devices
@@ -354,6 +371,8 @@ def test_text_names_the_plan(x_bytes: int) -> None:
                     t = stream[index]
                     pattern = f"{t['block_m']}x{t['block_n']}x{t['block_k']} "
                     pattern += f"cluster {t['cluster_m']}x{t['cluster_n']}"
+                case "stationary":
+                    pattern = f"cluster {BUILD.stationary_tiles()[index]['cluster']}"
             suffix = " after quantize" if plan["pass"] else ""
             assert re.fullmatch(f"{plan['path']} {pattern}{suffix}", plan["text"]), plan
 
@@ -413,7 +432,8 @@ def test_paths_are_known() -> None:
 
 
 def test_tiles_of_a_path_differ() -> None:
-    for tiles in (TILES, BUILD.skinny_tiles(), BUILD.resident_tiles(), BUILD.stream_tiles()):
+    named = [getattr(BUILD, f"{path}_tiles")() for path in ("skinny", *HOPPER)]
+    for tiles in (TILES, *named):
         assert len({tuple(tile.items()) for tile in tiles}) == len(tiles)
 
 
@@ -436,6 +456,8 @@ def test_every_hopper_tile_has_one_instantiation_a_source() -> None:
     assert len(sources) == 4
     found = []
     for path in sorted((CUDA / "sm90" / "instantiations").iterdir()):
+        if path.name == "stationary.cu":
+            continue
         name = re.match(r"(resident|stream)_tile_(\d+)\b.*\.cu$", path.name)
         assert name, f"{path.name} names no tile"
         pattern = r"^INT8_OPS_(RESIDENT|STREAM)_TILE\((\d+), Source::(\w+)\);$"
@@ -448,10 +470,13 @@ def test_every_hopper_tile_has_one_instantiation_a_source() -> None:
         found += inside
     assert sorted(found) == sorted(
         (path, tile, source)
-        for path in HOPPER
+        for path in ("resident", "stream")
         for tile in range(NUM_TILES[path])
         for source in sources
     )
+    # One kernel for clusters of every size; rows of float32 get a pass before.
+    text = (CUDA / "sm90" / "instantiations" / "stationary.cu").read_text()
+    assert re.findall(r"^INT8_OPS_STATIONARY\(Source::(\w+)\);$", text, re.M) == sources[:3]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t['block_m']}x{t['block_n']}")
@@ -515,6 +540,24 @@ def test_stream_tile_fits(tile: int) -> None:
         check_shared(t, k, 0, stage_rows=t["block_m"])
 
 
+@pytest.mark.parametrize("tile", range(NUM_TILES["stationary"]))
+def test_stationary_tile_fits(tile: int) -> None:
+    limit = DEVICES["H100"][1]
+    for k in range(16, MAX_STATIONARY_K + 1, 16):
+        for n in (8, 256, 264, 1024, 4096, 4104, 14336):
+            t = BUILD.stationary_tiles(n=n, k=k)[tile]
+            columns = t["n_tiles"] * t["block_n"]
+            assert t["parts"] * t["cluster"] * columns >= n, (n, k, t)
+            # No cluster of the parts is without columns.
+            assert (t["parts"] - 1) * t["cluster"] * columns < n, (n, k, t)
+            assert t["block_m"] % (8 * t["cluster"]) == 0  # a block's share: whole groups of rows
+            assert t["row_buffers"] >= 2, (n, k, t)
+            row_bytes = ceil_div(k, t["block_k"]) * t["block_k"]
+            slab = columns * row_bytes
+            buffer = t["block_m"] * (row_bytes + 4)
+            assert slab + t["row_buffers"] * buffer < t["shared_bytes"] <= limit, (n, k, t)
+
+
 def check_shared(t: dict, k: int, resident_rows: int, stage_rows: int = 0) -> None:
     """Room for all there is, within the limit, and with a stage more it would not fit."""
     limit = DEVICES["H100"][1]
@@ -534,7 +577,12 @@ def check_shared(t: dict, k: int, resident_rows: int, stage_rows: int = 0) -> No
 
 
 def test_a_tile_for_no_rows_or_columns_is_refused() -> None:
-    for call in (BUILD.skinny_tiles, BUILD.resident_tiles, BUILD.stream_tiles):
+    for call in (
+        BUILD.skinny_tiles,
+        BUILD.resident_tiles,
+        BUILD.stream_tiles,
+        BUILD.stationary_tiles,
+    ):
         for k in (0, -1, 131_072):
             with pytest.raises(ValueError, match="k at least 1"):
                 call(k=k)

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = _extension.build_info.require()
 FORCE = "INT8_OPS_GEMM_CONFIG"
 PATH = "INT8_OPS_GEMM_PATH"
-MAX_RESIDENT_K = 1024
+STATIONARY_TILES = BUILD.stationary_tiles()
+MAX_K = {"resident": 1024, "stationary": STATIONARY_TILES[0]["max_k"]}
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 ops = torch.ops.int8_ops
 
@@ -58,8 +59,9 @@ on_hopper = pytest.mark.skipif(bool(NO_HOPPER), reason=NO_HOPPER or "-")
 
 RESIDENT = [("resident", tile) for tile in range(len(BUILD.resident_tiles()))]
 STREAM = [("stream", tile) for tile in range(len(BUILD.stream_tiles()))]
+STATIONARY = [("stationary", tile) for tile in range(len(STATIONARY_TILES))]
 every_tile = pytest.mark.parametrize(
-    ("path", "tile"), RESIDENT + STREAM, ids=lambda value: str(value)
+    ("path", "tile"), RESIDENT + STREAM + STATIONARY, ids=lambda value: str(value)
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -203,10 +205,26 @@ class Problem:
         self.check_mm(where)
 
 
+def skip_long_rows(path: str, k: int) -> None:
+    if k > MAX_K.get(path, k):
+        pytest.skip("more than the path takes")
+
+
 def force(
-    monkeypatch: pytest.MonkeyPatch, path: str, tile: int, splits: int = 1, before: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    tile: int,
+    splits: int = 1,
+    before: bool = False,
+    x: tuple[torch.dtype, int] | None = None,
 ) -> str:
-    """The plan for the calls that follow; `before`: x is quantized in a pass before."""
+    """The plan for the calls that follow; `before`: x is quantized in a pass before.
+
+    With `x`, dtype and K of the rows, also where the path does not quantize such rows itself.
+    """
+    if path == "stationary" and x is not None:
+        block_k, cluster = (STATIONARY_TILES[tile][key] for key in ("block_k", "cluster"))
+        before |= x[0] == torch.float32 or x[1] > cluster * block_k
     text = f"{path}:{tile}:{splits}" + (":pass" if before else "")
     monkeypatch.setenv(FORCE, text)
     return text
@@ -236,6 +254,7 @@ def test_the_reference_is_the_same_here(cuda: torch.device) -> None:
     [
         *((*which, k) for which in RESIDENT for k in SHORT),
         *((*which, k) for which in STREAM for k in SHORT + LONG),
+        *((*which, k) for which in STATIONARY for k in SHORT if k <= MAX_K["stationary"]),
     ],
 )
 def test_every_shape(
@@ -245,14 +264,14 @@ def test_every_shape(
         # Their periods differ, so that all pairs occur; every third case has its pass before.
         x_dtype, out_dtype = DTYPES[i % 3], DTYPES[i // 3 % 3]
         bias = (None, *DTYPES)[i % 4]
-        plan = force(monkeypatch, path, tile, before=i % 5 == 4)
+        plan = force(monkeypatch, path, tile, before=i % 5 == 4, x=(x_dtype, k))
         Problem(m, n, k, cuda).check(plan, x_dtype, bias, out_dtype)
 
 
 @on_hopper
 @every_tile
 @every_dtype
-@pytest.mark.parametrize("k", [400, 1024])
+@pytest.mark.parametrize("k", [112, 400, 1024])
 @pytest.mark.parametrize("before", [False, True], ids=["inside", "pass"])
 def test_every_dtype(
     path: str,
@@ -263,7 +282,8 @@ def test_every_dtype(
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = force(monkeypatch, path, tile, before=before)
+    skip_long_rows(path, k)
+    plan = force(monkeypatch, path, tile, before=before, x=(dtype, k))
     problem = Problem(150, 328, k, cuda)
     for bias, out_dtype in itertools.product((None, *DTYPES), DTYPES):
         problem.check(plan, dtype, bias, out_dtype)
@@ -296,11 +316,15 @@ def test_blocks_take_several_tiles(
     path: str, tile: int, before: bool, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More rows than all blocks take at once, and a rest; K-blocks fewer than stages, and more."""
-    plan = force(monkeypatch, path, tile, before=before)
     multiprocessors = torch.cuda.get_device_properties(cuda).multi_processor_count
     rows = 128 * multiprocessors * 2 + 77
-    for i, (n, k) in enumerate([(264, 144), (72, 1024), (1032, 16)]):
-        Problem(rows, n, k, cuda).check(plan, DTYPES[i - 1], DTYPES[i], DTYPES[i - 2])
+    for i, (n, k) in enumerate([(264, 144), (72, 1024), (1032, 16), (2056, 512)]):
+        if k > MAX_K.get(path, k):
+            continue
+        x_dtype = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)[i]
+        plan = force(monkeypatch, path, tile, before=before, x=(x_dtype, k))
+        out_dtype = DTYPES[i % 3 - 2]
+        Problem(rows, n, k, cuda).check(plan, x_dtype, DTYPES[i % 3], out_dtype)
 
 
 @on_hopper
@@ -311,7 +335,7 @@ def test_largest_sums(
 ) -> None:
     """-128 x -128 and -128 x 127 over the longest K of the path: what int32 holds at most."""
     plan = force(monkeypatch, path, tile)
-    k = MAX_RESIDENT_K if path == "resident" else reference.MAX_K // 16 * 16
+    k = MAX_K.get(path, reference.MAX_K // 16 * 16)
     a = torch.full((130, k), -128, dtype=torch.int8, device=cuda)
     w = torch.full((72, k), value, dtype=torch.int8, device=cuda)
     equal((plan, k), ops.int8_mm(a, w), reference.int8_mm(a, w))
@@ -334,9 +358,8 @@ def test_every_quantized_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights of one 1 a column show the int8 values: integers, ties, special and random rows."""
-    if path == "resident" and k > MAX_RESIDENT_K:
-        pytest.skip("more than the path takes")
-    plan = force(monkeypatch, path, tile)
+    skip_long_rows(path, k)
+    plan = force(monkeypatch, path, tile, x=(dtype, k))
     g = generator(k, cuda)
     w = torch.eye(k, dtype=torch.int8, device=cuda)
     ones = torch.ones((k, 1), device=cuda)
@@ -377,7 +400,7 @@ PARTS = [(0, 1), (5, 1), (63, 2), (100, 28), (127, 2), (128, 64), (300, 129), (6
 @on_hopper
 @every_tile
 @every_dtype
-@pytest.mark.parametrize("k", [144, 1024])
+@pytest.mark.parametrize("k", [112, 144, 512, 1024])
 def test_a_row_is_the_same_in_every_batch(
     path: str,
     tile: int,
@@ -386,7 +409,8 @@ def test_a_row_is_the_same_in_every_batch(
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = force(monkeypatch, path, tile)
+    skip_long_rows(path, k)
+    plan = force(monkeypatch, path, tile, x=(dtype, k))
     problem = Problem(700, 264, k, cuda)
     x = hard_rows(700, k, dtype, problem.g)
     arguments = problem.w, problem.w_scale, problem.bias(dtype), None
@@ -423,12 +447,15 @@ PLANS = {
     **{f"resident:{t}:3": (300, 528, 1024) for _, t in RESIDENT},
     **{f"stream:{t}:1": (1000, 528, 1024) for _, t in STREAM},
     **{f"stream:{t}:1:pass": (1000, 528, 1024) for _, t in STREAM},
+    **{f"stationary:{t}:1": (9000, 1040, 128) for _, t in STATIONARY},
+    **{f"stationary:{t}:1:pass": (1000, 1040, 512) for _, t in STATIONARY},
+    "stationary:2:1": (9000, 1040, 512),
 }
 every_plan = pytest.mark.parametrize(("plan", "shape"), PLANS.items(), ids=list(PLANS))
 
 
 def skip_where_absent(plan: str) -> None:
-    if plan.startswith(("resident", "stream")) and NO_HOPPER:
+    if plan.startswith(("resident", "stream", "stationary")) and NO_HOPPER:
         pytest.skip(NO_HOPPER)
 
 
@@ -602,14 +629,34 @@ def test_a_forced_plan_that_cannot_run_is_an_error(
 
 
 @on_hopper
-@pytest.mark.parametrize(("path", "tile"), RESIDENT)
-def test_resident_refuses_long_rows(
+@pytest.mark.parametrize(("path", "tile"), RESIDENT + STATIONARY)
+def test_long_rows_are_refused(
     path: str, tile: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(monkeypatch, path, tile)
-    a = torch.ones((16, MAX_RESIDENT_K + 16), dtype=torch.int8, device=cuda)
-    with pytest.raises(RuntimeError, match="but it takes K up to 1024"):
+    a = torch.ones((16, MAX_K[path] + 16), dtype=torch.int8, device=cuda)
+    with pytest.raises(RuntimeError, match=f"but it takes K up to {MAX_K[path]}"):
         ops.int8_mm(a, a)
+
+
+@on_hopper
+@pytest.mark.parametrize(("path", "tile"), STATIONARY)
+def test_stationary_says_which_rows_it_does_not_quantize(
+    path: str, tile: int, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = torch.ones((24, 512), dtype=torch.int8, device=cuda)
+    scale = torch.ones((24, 1), device=cuda)
+    force(monkeypatch, path, tile)
+    x = torch.ones((16, 512), device=cuda)
+    with pytest.raises(RuntimeError, match="but it quantizes rows of 16-bit values alone"):
+        ops.int8_linear(x, w, scale, None, None)
+    longest = STATIONARY_TILES[tile]["cluster"] * STATIONARY_TILES[tile]["block_k"]
+    if longest < 512:
+        with pytest.raises(RuntimeError, match=f"quantize K up to {longest}"):
+            ops.int8_linear(x.half(), w, scale, None, None)
+    force(monkeypatch, path, tile, before=True)
+    expected = reference.int8_linear(x, w, scale, None)
+    equal(path, ops.int8_linear(x, w, scale, None, None), expected)
 
 
 @pytest.mark.skipif(not NO_HOPPER, reason="this device has them")

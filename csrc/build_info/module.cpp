@@ -201,6 +201,31 @@ PyObject* stream_tiles(PyObject*, PyObject* args, PyObject* keywords) {
   return list;
 }
 
+PyObject* stationary_tiles(PyObject*, PyObject* args, PyObject* keywords) {
+  long long n = 1024;
+  long long k = int8_ops::cuda::StationaryTile::kMaxK;
+  int limit = kHopperSharedBytes;
+  static constexpr const char* kNames[] = {"n", "k", "shared_limit", nullptr};
+  if (!parse(args, keywords, "|LLi", kNames, &n, &k, &limit) || !in_range(1, n) ||
+      !in_range(1, k)) {
+    return nullptr;
+  }
+  using int8_ops::cuda::StationaryTile;
+  if (k > StationaryTile::kMaxK) k = StationaryTile::kMaxK;
+  PyObject* list = PyList_New(0);
+  for (const StationaryTile& tile : int8_ops::cuda::kStationaryTiles) {
+    const auto shared = tile.shared(n, k, limit);
+    PyObject* item = Py_BuildValue(
+        "{s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:i}", "block_m", StationaryTile::kBlockM, "block_n",
+        StationaryTile::kBlockN, "block_k", StationaryTile::kBlockK, "threads",
+        StationaryTile::kThreads, "cluster", tile.cluster, "n_tiles", tile.n_tiles(n, k), "parts",
+        static_cast<long long>(tile.parts(n, k)), "row_buffers", shared.stages, "shared_bytes",
+        shared.bytes, "max_k", StationaryTile::kMaxK);
+    if (!append_new(list, item)) break;
+  }
+  return list;
+}
+
 // Empty, or the sentence that says why a device of (major, minor) can't run the compiled archs.
 PyObject* why_not_runnable(PyObject*, PyObject* args) {
   const char* archs = nullptr;
@@ -234,6 +259,11 @@ PyMethodDef kMethods[] = {
     {"stream_tiles", with_keywords(stream_tiles), kKeywords,
      "(k=4096, shared_limit=232448) -> geometry of every tile of the path stream, and how a block "
      "divides its shared memory."},
+    {"stationary_tiles", with_keywords(stationary_tiles), kKeywords,
+     "(n=1024, k=512, shared_limit=232448) -> geometry of every tile of the path stationary, the "
+     "tiles of columns a block holds of n, how many clusters that takes, and how many tiles of "
+     "rows "
+     "fit beside them; k above max_k counts as max_k."},
     {"rank_gemm_plans", with_keywords(rank_gemm_plans), kKeywords,
      "(m, n, k, out_bytes, sm_count, shared_bytes, aligned=True, wide=True, sm90=False, x_bytes=0) "
      "-> plans for a CUDA matmul, cheapest first.\n\n"

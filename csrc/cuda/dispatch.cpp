@@ -114,7 +114,9 @@ GemmPlan plan_for(const MatmulParams& p) {
   const DeviceFacts& device = device_of(p.ctx).facts;
   GemmPlan forced;
   if (forced_plan(forced)) {
-    const std::string why = why_not_served(forced.path, forced.tile, problem, device);
+    GemmProblem served = problem;
+    if (forced.pass) served.x_bytes = 0;
+    const std::string why = why_not_served(forced.path, forced.tile, served, device);
     if (!why.empty()) {
       throw std::runtime_error("int8_ops: INT8_OPS_GEMM_CONFIG names " + describe(forced) +
                                " for M = " + std::to_string(p.m) + ", N = " + std::to_string(p.n) +
@@ -192,6 +194,8 @@ void matmul(MatmulParams& p) {
       return sm90::resident(p, plan.tile, plan.splits, device);
     case GemmPath::kStream:
       return sm90::stream(p, plan.tile, device);
+    case GemmPath::kStationary:
+      return sm90::stationary(p, plan.tile, device);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
@@ -56,10 +57,23 @@ struct KernelFacts {
   std::atomic<size_t> shared_limit{kDefaultSharedBytes};
 };
 
-// Launches kKernel on the context's stream. The context's device is current: ops.cpp guards it.
-template <auto kKernel, typename... Args>
-void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, Args... args) {
-  // Asked for once a kernel and device; two threads that race here learn and set the same.
+// Raises the kernel's limit of shared memory where the launch needs more.
+template <auto kKernel>
+void allow_shared_bytes(const char* name, KernelFacts& facts, size_t bytes) {
+  if (facts.shared_limit.load(std::memory_order_acquire) >= bytes) return;
+  // The limit is set, not raised: of two threads with different sizes the larger must win.
+  static std::mutex setting;
+  const std::lock_guard<std::mutex> lock(setting);
+  if (facts.shared_limit.load(std::memory_order_relaxed) >= bytes) return;
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             name);
+  facts.shared_limit.store(bytes, std::memory_order_release);
+}
+
+// Asked for once a kernel and device; two threads that race here learn and set the same.
+template <auto kKernel>
+KernelFacts& kernel_facts(const char* name, const ExecContext& ctx) {
   static std::array<KernelFacts, kMaxDevices> all_facts;
   KernelFacts& facts = all_facts.at(static_cast<size_t>(ctx.device_index));
   if (!facts.known.load(std::memory_order_acquire)) {
@@ -68,17 +82,41 @@ void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, 
     facts.waits_for_predecessor.store(attributes.ptxVersion >= 90, std::memory_order_relaxed);
     facts.known.store(true, std::memory_order_release);
   }
-  if (facts.shared_limit.load(std::memory_order_acquire) < shape.shared_bytes) {
-    // The limit is set, not raised: of two threads with different sizes the larger must win.
-    static std::mutex setting;
-    const std::lock_guard<std::mutex> lock(setting);
-    if (facts.shared_limit.load(std::memory_order_relaxed) < shape.shared_bytes) {
-      check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 name);
-      facts.shared_limit.store(shape.shared_bytes, std::memory_order_release);
-    }
+  return facts;
+}
+
+// How many clusters of the kernel run at once on an idle device. A block takes a multiprocessor to
+// itself, so only the cluster's size (at most eight) matters, not how much shared memory it asks.
+template <auto kKernel>
+int32_t max_active_clusters(const char* name, const LaunchShape& shape, const ExecContext& ctx) {
+  static std::array<std::array<std::atomic<int32_t>, 9>, kMaxDevices> all_counts;
+  std::atomic<int32_t>& count =
+      all_counts.at(static_cast<size_t>(ctx.device_index)).at(shape.cluster);
+  if (count.load(std::memory_order_relaxed) == 0) {
+    allow_shared_bytes<kKernel>(name, kernel_facts<kKernel>(name, ctx), shape.shared_bytes);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shape.cluster);
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config), name);
+    count.store(std::max(clusters, 1), std::memory_order_relaxed);
   }
+  return count.load(std::memory_order_relaxed);
+}
+
+// Launches kKernel on the context's stream. The context's device is current: ops.cpp guards it.
+template <auto kKernel, typename... Args>
+void launch(const char* name, const LaunchShape& shape, const ExecContext& ctx, Args... args) {
+  KernelFacts& facts = kernel_facts<kKernel>(name, ctx);
+  allow_shared_bytes<kKernel>(name, facts, shape.shared_bytes);
   std::array<cudaLaunchAttribute, 2> attributes{};
   unsigned count = 0;
   if (facts.waits_for_predecessor.load(std::memory_order_relaxed)) {

@@ -75,6 +75,8 @@ double sm80_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
 //   sums, so its epilogue adds to them; those of the others overlap with it in part.
 //   - resident: a row tile's beginning (with x: loading and quantizing it), then a tile of columns
 //   after the other, each as long as its products or its epilogue take.
+//   - stationary: a tile of rows after the other, each as long as its products with the slab or the
+//   quantization of a block's share take.
 //   - x quantized beside the products: as fast as the helping warps are, and a late start.
 //   - x quantized in a pass before: a launch of which little hides, and its bytes.
 constexpr double kSm90LaunchCycles = 3600;
@@ -134,6 +136,36 @@ double resident_cost(const GemmProblem& p, const DeviceFacts& device, const Resi
   return kSm90LaunchCycles + std::max(turns * (rows + n_tiles * step), device_cycles(read, p));
 }
 
+double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
+                       const StationaryTile& tile) {
+  constexpr double kStartCycles = 2040;
+  constexpr double kClusterCycles = 700;  // meeting, a block
+  constexpr double kReread = 0.25;
+  constexpr double kTileCycles = 630;  // of columns
+  constexpr double kKBlockCycles = 765;
+  constexpr double kLateCycles = 1420;  // the first rows of x
+  constexpr double kShareCycles = 700;  // of a block, of a tile of rows
+  constexpr double kValueCycles = 0.53;
+  constexpr double kUnscattered = 0.9;  // x is read in order
+  // Clusters of four leave some multiprocessors idle.
+  const int64_t clusters = (device.sm_count - (tile.cluster > 2 ? 4 : 0)) / tile.cluster;
+  const auto turns =
+      static_cast<double>(ceil_div(ceil_div(p.m, StationaryTile::kBlockM),
+                                   std::max<int64_t>(1, clusters / tile.parts(p.n, p.k))));
+  const auto k_blocks = static_cast<double>(StationaryTile::k_blocks(p.k));
+  const auto n_tiles = static_cast<double>(tile.n_tiles(p.n, p.k));
+  const double multiplying = n_tiles * (kTileCycles + kKBlockCycles * k_blocks);
+  const double values = static_cast<double>(StationaryTile::kBlockM * p.k) / tile.cluster;
+  const double quantizing = p.x_bytes > 0 ? kShareCycles + kValueCycles * values : 0;
+  double read = static_cast<double>(p.m * p.k * std::max<int64_t>(p.x_bytes, 1) + p.n * p.k);
+  // Every part reads x; most of that comes from L2.
+  const int64_t again = tile.parts(p.n, p.k) - 1;
+  read += kReread * static_cast<double>(again * p.m * p.k * p.x_bytes);
+  return kSm90LaunchCycles + kStartCycles + kClusterCycles * tile.cluster +
+         (p.x_bytes > 0 ? kLateCycles : 0) +
+         std::max(turns * std::max(multiplying, quantizing), kUnscattered * device_cycles(read, p));
+}
+
 // A quantization in a pass before a matmul.
 double quantize_cost(const GemmProblem& p, GemmPath path) {
   if (p.x_bytes == 0) return 0.0;
@@ -165,6 +197,7 @@ bool is_useful_split(const GemmPlan& plan, const GemmProblem& problem) {
       return plan.splits <= ceil_div(problem.n, kResidentTiles[plan.tile].block_n);
     case GemmPath::kSkinny:
     case GemmPath::kStream:
+    case GemmPath::kStationary:
       return plan.splits == 1;
   }
   return true;
@@ -185,6 +218,8 @@ int32_t num_tiles(GemmPath path) {
       return static_cast<int32_t>(kNumResidentTiles);
     case GemmPath::kStream:
       return static_cast<int32_t>(kNumStreamTiles);
+    case GemmPath::kStationary:
+      return static_cast<int32_t>(kNumStationaryTiles);
   }
   return 0;
 }
@@ -213,6 +248,22 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
   if (path == GemmPath::kResident) {
     if (problem.k > kMaxResidentK) return "it takes K up to " + std::to_string(kMaxResidentK);
     if (kResidentTiles[tile].shared(problem.k, 1, device.shared_bytes_per_block).stages == 0) {
+      return "it needs more shared memory";
+    }
+  } else if (path == GemmPath::kStationary) {
+    const StationaryTile& slabs = kStationaryTiles[tile];
+    if (problem.k > StationaryTile::kMaxK) {
+      return "it takes K up to " + std::to_string(StationaryTile::kMaxK);
+    }
+    if (problem.x_bytes > 2) return "it quantizes rows of 16-bit values alone";
+    if (problem.x_bytes > 0 && !slabs.can_quantize(problem.k)) {
+      return "its clusters of " + std::to_string(slabs.cluster) + " quantize K up to " +
+             std::to_string(slabs.cluster * StationaryTile::kBlockK);
+    }
+    if (slabs.parts(problem.n, problem.k) > device.sm_count / slabs.cluster) {
+      return "it needs room for all of w at once";
+    }
+    if (slabs.shared(problem.n, problem.k, device.shared_bytes_per_block).stages == 0) {
       return "it needs more shared memory";
     }
   } else if (kStreamTiles[tile].shared(problem.k, device.shared_bytes_per_block).stages == 0) {
@@ -262,6 +313,15 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
     }
     if (quantizes) add(GemmPath::kStream, t, 1, true, stream_cost(given, device, t));
   }
+  for (int32_t t = 0; t < num_tiles(GemmPath::kStationary); ++t) {
+    const StationaryTile& tile = kStationaryTiles[t];
+    if (why_not_served(GemmPath::kStationary, t, problem, device).empty()) {
+      add(GemmPath::kStationary, t, 1, false, stationary_cost(problem, device, tile));
+    }
+    if (quantizes && why_not_served(GemmPath::kStationary, t, given, device).empty()) {
+      add(GemmPath::kStationary, t, 1, true, stationary_cost(given, device, tile));
+    }
+  }
   if (plans.empty()) {
     throw std::runtime_error("int8_ops: no GEMM tile fits the " +
                              std::to_string(device.shared_bytes_per_block) +
@@ -292,6 +352,9 @@ std::string describe(const GemmPlan& plan) {
     const ResidentTile& tile = kResidentTiles[plan.tile];
     out << ResidentTile::kBlockM << 'x' << tile.block_n << " staged " << tile.staged_cols
         << " parts " << plan.splits;
+  } else if (plan.path == GemmPath::kStationary) {
+    const StationaryTile& tile = kStationaryTiles[plan.tile];
+    out << "cluster " << tile.cluster;
   } else {
     const StreamTile& tile = kStreamTiles[plan.tile];
     out << StreamTile::kBlockM << 'x' << tile.block_n << 'x' << StreamTile::kBlockK << " cluster "

@@ -31,14 +31,15 @@ struct DeviceFacts {
 };
 
 // Whose kernels a plan names.
-enum class GemmPath : int32_t { kSm80, kSkinny, kResident, kStream };
-inline constexpr const char* kGemmPathNames[] = {"sm80", "skinny", "resident", "stream"};
-inline constexpr int32_t kNumGemmPaths = 4;
+enum class GemmPath : int32_t { kSm80, kSkinny, kResident, kStream, kStationary };
+inline constexpr const char* kGemmPathNames[] = {"sm80", "skinny", "resident", "stream",
+                                                 "stationary"};
+inline constexpr int32_t kNumGemmPaths = 5;
 
 struct GemmPlan {
   GemmPath path;
-  int32_t
-      tile;  // index into the path's tiles: kGemmTiles, kSkinnyTiles, kResidentTiles, kStreamTiles
+  int32_t tile;    // index into the path's tiles: kGemmTiles, kSkinnyTiles, kResidentTiles,
+                   // kStreamTiles, kStationaryTiles
   int32_t splits;  // sm80: along K, each with sums of its own; resident: parts of the columns
   bool pass;       // x is quantized in a pass before; else inside the kernel, or there is none
   double cost;     // predicted multiprocessor cycles, for comparison only

@@ -22,14 +22,13 @@ struct Sm90Shared {
   int32_t bytes = 0;
 };
 
-// Note [Factor slots]
-// The factors of a tile's columns come with its last K-block. Their slot may be written once the
-// tile that used it last has been stored. When a stage is free to be filled again, every tile
-// before the one that read it has been stored: the stores of a tile come before the release of any
-// stage of the next but its first. So the producer, `stages` K-blocks ahead, needs this many slots.
+// The factors of a tile's columns come with its last K-block, to a slot of their own, which is free
+// again when the tile is stored. The producer is `stages` K-blocks ahead, and the tile before those
+// may not be stored yet: with so many slots it never waits for one.
 constexpr int32_t factor_slots(int32_t stages, int64_t k_blocks) {
   return static_cast<int32_t>((stages + k_blocks) / k_blocks);
 }
+inline constexpr int32_t kSm90MaxFactorSlots = factor_slots(kSm90MaxStages, 1);
 
 constexpr Sm90Shared divide_shared(int32_t limit_bytes, int32_t fixed_bytes, int32_t stage_bytes,
                                    int32_t slot_bytes, int64_t k_blocks) {
@@ -86,7 +85,7 @@ struct StreamTile {
 
   static constexpr int32_t kBlockM = 128;
   static constexpr int32_t kBlockK = 128;
-  static constexpr int32_t kHeadBytes = 256;  // barriers
+  static constexpr int32_t kHeadBytes = 512;  // barriers
   static constexpr int32_t kThreads = 384;
 
   constexpr int32_t stage_bytes() const { return (kBlockM + block_n) * kBlockK; }
@@ -106,5 +105,56 @@ inline constexpr StreamTile kStreamTiles[] = {
     {64, 2, 1, 4},   // few rows, long K
 };
 inline constexpr size_t kNumStreamTiles = sizeof(kStreamTiles) / sizeof(kStreamTiles[0]);
+
+// w stays in shared memory, a slab of columns a block, and tiles of rows pass by. The blocks of a
+// cluster hold neighbouring slabs, and each loads or quantizes a share of the rows for all of them.
+// For short K: what a cluster can't hold is another cluster's, with the same rows.
+struct StationaryTile {
+  int32_t cluster;
+
+  static constexpr int32_t kBlockM = 64;
+  static constexpr int32_t kBlockN = 256;
+  static constexpr int32_t kBlockK = 128;
+  static constexpr int32_t kThreads = 384;
+  static constexpr int32_t kMaxSlabBoxes = 4;  // of kBlockN columns by kBlockK
+  static constexpr int32_t kStagedBoxes = 2;   // of 16 rows by 64 columns of 16-bit results, a warp
+  static constexpr int32_t kStagingBytes = 8 * kStagedBoxes * 16 * 128;
+  static constexpr int32_t kMaxRowBuffers = 6;
+  static constexpr int32_t kHeadBytes = 512;  // barriers
+  static constexpr int32_t kMaxK = 512;
+
+  static constexpr int32_t k_blocks(int64_t k) {
+    return static_cast<int32_t>((k + kBlockK - 1) / kBlockK);
+  }
+  // Tiles of columns in a block's slab.
+  static constexpr int32_t max_n_tiles(int64_t k) { return kMaxSlabBoxes / k_blocks(k); }
+  // How many clusters it takes to hold n columns, and what each block then holds.
+  constexpr int64_t parts(int64_t n, int64_t k) const {
+    const int64_t held = int64_t{cluster} * max_n_tiles(k) * kBlockN;
+    return (n + held - 1) / held;
+  }
+  constexpr int32_t n_tiles(int64_t n, int64_t k) const {
+    const int64_t step = kBlockN * cluster * parts(n, k);
+    return static_cast<int32_t>((n + step - 1) / step);
+  }
+  // Of a buffer: a tile's rows and their scales.
+  static constexpr int32_t rows_bytes(int64_t k) { return k_blocks(k) * kBlockM * kBlockK; }
+  static constexpr int32_t scales_bytes() { return kBlockM * 4; }
+  // Stages are buffers of rows.
+  constexpr Sm90Shared shared(int64_t n, int64_t k, int32_t limit_bytes) const {
+    const int32_t columns = n_tiles(n, k) * kBlockN;
+    const int32_t fixed = columns * (k_blocks(k) * kBlockK + 8) + kStagingBytes + kHeadBytes;
+    const int32_t buffer = rows_bytes(k) + scales_bytes();
+    const int32_t fit = (limit_bytes - fixed) / buffer;
+    const int32_t buffers = fit < kMaxRowBuffers ? fit : kMaxRowBuffers;
+    return buffers < 2 ? Sm90Shared{} : Sm90Shared{buffers, 0, fixed + buffers * buffer};
+  }
+  // A thread holds what its warp quantizes of a tile: enough blocks must share it.
+  constexpr bool can_quantize(int64_t k) const { return cluster >= k_blocks(k); }
+};
+
+inline constexpr StationaryTile kStationaryTiles[] = {{1}, {2}, {4}};
+inline constexpr size_t kNumStationaryTiles =
+    sizeof(kStationaryTiles) / sizeof(kStationaryTiles[0]);
 
 }  // namespace int8_ops::cuda

@@ -12,6 +12,21 @@ __device__ __forceinline__ uint32_t cluster_block_rank() {
   return rank;
 }
 
+// PTX ISA, "Special Registers: %cluster_nctarank".
+__device__ __forceinline__ uint32_t cluster_blocks() {
+  uint32_t blocks = 0;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// What lies at `shared` of this block, in block `rank` of the cluster.
+// PTX ISA: mapa.
+__device__ __forceinline__ uint32_t shared_of_block(uint32_t shared, uint32_t rank) {
+  uint32_t remote = 0;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+  return remote;
+}
+
 // All threads of all blocks of the cluster meet; their writes to shared memory are visible after.
 // PTX ISA: barrier.cluster.arrive, barrier.cluster.wait.
 __device__ __forceinline__ void cluster_sync() {
@@ -25,6 +40,12 @@ __device__ __forceinline__ void cluster_sync() {
 // PTX ISA: bar.sync.
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts as a thread that came to the barrier, without waiting.
+// PTX ISA: bar.arrive.
+__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // The registers of each thread of this warpgroup become kCount, taken from, or given to, the

@@ -70,6 +70,18 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
       : "memory");
 }
 
+// Contiguous bytes of this block's shared memory to a block of the cluster, completing on a barrier
+// there; both addresses there are shared_of_block()'s. Multiples of 16.
+// PTX ISA: cp.async.bulk.shared::cluster.shared::cta.
+__device__ __forceinline__ void bulk_copy_to_block(uint32_t remote, uint32_t shared, uint32_t bytes,
+                                                   uint32_t remote_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(remote),
+      "r"(shared), "r"(bytes), "r"(remote_barrier)
+      : "memory");
+}
+
 // Fetches so many bytes into L2; the address and the size are multiples of 16.
 // PTX ISA: cp.async.bulk.prefetch.L2.
 __device__ __forceinline__ void prefetch_l2_bulk(const void* global, uint32_t bytes) {

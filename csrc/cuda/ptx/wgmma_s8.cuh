@@ -34,14 +34,13 @@ __device__ __forceinline__ void wgmma_touch(int32_t (&sums)[kCount]) {
 }
 
 // Describes int8 [rows, 128] in shared memory, 128 bytes a row, rows swizzled in groups of eight
-// (1024 bytes, where `address` is a multiple of that, plus 32 a k32 step): stride 1024 between
-// groups, 128-byte swizzle.
-// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions: Matrix Descriptor Format".
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-  constexpr uint64_t kStrideBytes = 1024;
+// (1024 bytes, where `address` is a multiple of that, plus 32 a k32 step), `stride` bytes from
+// group to group. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions: Matrix Descriptor
+// Format".
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t stride = 1024) {
   constexpr uint64_t kSwizzle128 = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
-         ((kStrideBytes >> 4) << 32) | (kSwizzle128 << 62);
+         (static_cast<uint64_t>(stride >> 4) << 32) | (kSwizzle128 << 62);
 }
 
 // d (+)= a * b: a int8 [64, 32], b int8 [32, n], both K-major in shared memory; d int32 [64, n].

@@ -58,7 +58,8 @@ Source source_of(const MatmulParams& p) {
   }
 }
 
-GemmArgs common_args(const MatmulParams& p) {
+// out_rows: of the boxes that leave at once.
+GemmArgs common_args(const MatmulParams& p, int32_t out_rows) {
   GemmArgs args{};
   args.x = p.x;
   args.m = checked_int32(p.m, "rows");
@@ -66,7 +67,7 @@ GemmArgs common_args(const MatmulParams& p) {
   args.k = static_cast<int32_t>(p.k);
   args.k_blocks = ceil_div(p.k, ResidentTile::kBlockK);
   if (size_of(p.out_dtype) == 2) {
-    args.out_map = make_tensor_map(p.out, p.m, p.n, 2, 64);
+    args.out_map = make_tensor_map(p.out, p.m, p.n, 2, out_rows);
   }
   args.epilogue = {p.a_scale,   p.w_scale, p.bias, p.bias_dtype, p.out,
                    p.out_dtype, args.m,    args.n, true};
@@ -84,7 +85,7 @@ bool has_code() {
 void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const DeviceFacts& device) {
   const ResidentTile& tile = kResidentTiles[tile_index];
   const Source source = source_of(p);
-  GemmArgs args = common_args(p);
+  GemmArgs args = common_args(p, 64);
   args.w_map = make_tensor_map(p.w, p.n, p.k, 1, tile.block_n);
   if (source == Source::kInt8)
     args.a_map = make_tensor_map(p.a, p.m, p.k, 1, ResidentTile::kBlockM);
@@ -107,6 +108,30 @@ void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const De
   kResidentLaunchers.at(launcher)(args, static_cast<uint32_t>(buffers), shape, p.ctx);
 }
 
+void stationary(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
+  const StationaryTile& tile = kStationaryTiles[tile_index];
+  const Source source = source_of(p);
+  GemmArgs args = common_args(p, 16);
+  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, StationaryTile::kBlockN);
+  if (source == Source::kInt8) {
+    args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StationaryTile::kBlockM / tile.cluster);
+  }
+  args.m_tiles = ceil_div(p.m, StationaryTile::kBlockM);
+  args.n_parts = static_cast<int32_t>(tile.parts(p.n, p.k));
+  args.n_tiles = tile.n_tiles(p.n, p.k);
+  const Sm90Shared shared = tile.shared(p.n, p.k, device.shared_bytes_per_block);
+  args.stages = shared.stages;
+
+  LaunchShape shape;
+  shape.block = dim3(StationaryTile::kThreads);
+  shape.cluster = static_cast<unsigned>(tile.cluster);
+  shape.shared_bytes = static_cast<size_t>(shared.bytes);
+  const auto launcher = source == Source::kInt8      ? launch_stationary<Source::kInt8>
+                        : source == Source::kFloat16 ? launch_stationary<Source::kFloat16>
+                                                     : launch_stationary<Source::kBFloat16>;
+  launcher(args, shape, args.m_tiles * args.n_parts, p.ctx);
+}
+
 int64_t stream_workspace_bytes(const MatmulParams& p) {
   return quantized_rows_bytes(p) + align_workspace(counters_of(p) * 4);
 }
@@ -124,7 +149,7 @@ void stream(MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
                                   static_cast<uint32_t*>(p.workspace), counters_of(p),
                                   quantize.scale + p.m, static_cast<int32_t>(-p.m & 3));
   }
-  GemmArgs args = common_args(p);
+  GemmArgs args = common_args(p, 64);
   args.x = quantize.x;
   args.q = quantize.q;
   args.row_scales = quantize.scale;

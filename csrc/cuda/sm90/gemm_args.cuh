@@ -26,9 +26,10 @@ struct GemmArgs {
   int32_t k;
   int32_t k_blocks;  // of 128
   int32_t m_tiles;   // of a cluster's rows
-  int32_t n_tiles;
-  int32_t n_parts;  // resident: blocks that share a row tile, each with a part of its columns
-  int32_t stages;
+  int32_t n_tiles;   // stationary: of a block's slab
+  int32_t n_parts;   // blocks that share a row tile, each with a part of its columns; stationary:
+                     // clusters
+  int32_t stages;    // stationary: buffers for a tile of rows
   int32_t factor_slots;
   ScaleEpilogue epilogue;
 };

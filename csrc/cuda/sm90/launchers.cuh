@@ -16,6 +16,10 @@ void launch_resident(const GemmArgs& args, uint32_t row_buffers, const LaunchSha
                      const ExecContext& ctx);
 template <int kTileIndex, Source kSource>
 void launch_stream(const GemmArgs& args, const LaunchShape& shape, const ExecContext& ctx);
+// The grid is as many clusters as run at once, at most `cluster_limit`.
+template <Source kSource>
+void launch_stationary(const GemmArgs& args, LaunchShape shape, int32_t cluster_limit,
+                       const ExecContext& ctx);
 
 // Calls visit.template operator()<out dtype>(). The output's dtype is part of a kernel's type: code
 // for others between what runs would cost misses of the instruction cache.

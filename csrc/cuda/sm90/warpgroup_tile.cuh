@@ -36,6 +36,13 @@ struct TileFactors {
   float row_scale[2 * kWarpgroupM];
 };
 
+// What a thread needs of kGroups groups of eight neighbouring columns: two of each.
+template <int kGroups>
+struct ColumnFactors {
+  float2 w_scale[kGroups];
+  float2 bias[kGroups];
+};
+
 // kStagedCols: columns of 16-bit results that are on their way to the copy engine at once.
 template <int kBlockN, int kStagedCols>
 struct WarpgroupTile {
@@ -67,11 +74,7 @@ struct WarpgroupTile {
     return threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
-  // What 64 neighbouring columns need of this thread: two columns of each group of eight.
-  struct BoxFactors {
-    float2 w_scale[kBoxCols / 8];
-    float2 bias[kBoxCols / 8];
-  };
+  using BoxFactors = ColumnFactors<kBoxCols / 8>;
 
   // Every load first, and no branch between them and the arithmetic. Without a bias -0 is added,
   // which changes nothing, not even a -0.
@@ -103,13 +106,16 @@ struct WarpgroupTile {
     return box;
   }
 
-  // Group of eight columns `n8` of the tile, `i` of the box; row half `half`.
+  // Group of eight columns `n8` of the tile, `i` of the factors; row half `half`.
+  template <int kGroups, bool kBias = true>
   static __device__ __forceinline__ float2 scaled_pair(const Sums& sums, int n8, int i, int half,
-                                                       const BoxFactors& box, float row_scale) {
+                                                       const ColumnFactors<kGroups>& factors,
+                                                       float row_scale) {
     const int32_t* const pair = &sums[n8 * 4 + half * 2];
-    const float x = ScaleEpilogue::scaled(pair[0], row_scale, box.w_scale[i].x);
-    const float y = ScaleEpilogue::scaled(pair[1], row_scale, box.w_scale[i].y);
-    return make_float2(__fadd_rn(x, box.bias[i].x), __fadd_rn(y, box.bias[i].y));
+    const float x = ScaleEpilogue::scaled(pair[0], row_scale, factors.w_scale[i].x);
+    const float y = ScaleEpilogue::scaled(pair[1], row_scale, factors.w_scale[i].y);
+    if constexpr (!kBias) return make_float2(x, y);
+    return make_float2(__fadd_rn(x, factors.bias[i].x), __fadd_rn(y, factors.bias[i].y));
   }
 
   // To 16-bit results: through shared memory, by the copy engine, which clips at the edges.
@@ -167,27 +173,37 @@ struct WarpgroupTile {
                                                      const ScaleEpilogue& epilogue,
                                                      const Factors& factors,
                                                      const TilePlace& place) {
-    const int32_t col_first = place.n_first + threadIdx.x % 4 * 2;
-    const int32_t row_first = place.row_first + row_of_thread();
 #pragma unroll
     for (int box_first = 0; box_first < kBlockN; box_first += kBoxCols) {
       BoxFactors box = {};
       if constexpr (kOut != DType::kInt32) box = box_factors(factors, box_first, epilogue);
+      store_groups_32bit<kOut>(sums, epilogue, box_first / 8, box, place);
+    }
+  }
+
+  // Groups of eight columns from `first_n8` on.
+  template <DType kOut, int kGroups>
+  static __device__ __forceinline__ void store_groups_32bit(const Sums& sums,
+                                                            const ScaleEpilogue& epilogue,
+                                                            int first_n8,
+                                                            const ColumnFactors<kGroups>& factors,
+                                                            const TilePlace& place) {
+    const int32_t col_first = place.n_first + threadIdx.x % 4 * 2;
+    const int32_t row_first = place.row_first + row_of_thread();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row = row_first + half * 8;
-        const int64_t at = static_cast<int64_t>(row) * epilogue.n + col_first;
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = row_first + half * 8;
+      const int64_t at = static_cast<int64_t>(row) * epilogue.n + col_first;
 #pragma unroll
-        for (int i = 0; i < kBoxCols / 8; ++i) {
-          const int n8 = box_first / 8 + i;
-          if (row >= epilogue.m || col_first + n8 * 8 >= epilogue.n) continue;
-          if constexpr (kOut == DType::kInt32) {
-            *reinterpret_cast<int2*>(static_cast<int32_t*>(epilogue.out) + at + n8 * 8) =
-                make_int2(sums[n8 * 4 + half * 2], sums[n8 * 4 + half * 2 + 1]);
-          } else {
-            *reinterpret_cast<float2*>(static_cast<float*>(epilogue.out) + at + n8 * 8) =
-                scaled_pair(sums, n8, i, half, box, place.row_scale[half]);
-          }
+      for (int i = 0; i < kGroups; ++i) {
+        const int n8 = first_n8 + i;
+        if (row >= epilogue.m || col_first + n8 * 8 >= epilogue.n) continue;
+        if constexpr (kOut == DType::kInt32) {
+          *reinterpret_cast<int2*>(static_cast<int32_t*>(epilogue.out) + at + n8 * 8) =
+              make_int2(sums[n8 * 4 + half * 2], sums[n8 * 4 + half * 2 + 1]);
+        } else {
+          *reinterpret_cast<float2*>(static_cast<float*>(epilogue.out) + at + n8 * 8) =
+              scaled_pair(sums, n8, i, half, factors, place.row_scale[half]);
         }
       }
     }
