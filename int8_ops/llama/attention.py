@@ -461,12 +461,15 @@ class LatentAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``hidden_states [B, q, hidden]`` -> ``[B, q, hidden]`` and weights or None.
 
+        Decoder layers pass the cache as ``cache`` or as ``past_key_values`` (``_cache_names``).
+
         Raises:
-            TypeError: ``past_key_values`` is not a ``LatentCache``.
+            TypeError: the cache is not a ``LatentCache``.
             ValueError: a cache of another model, of another batch, or a static one that is full.
         """
         shape = hidden_states.shape[:-1]
@@ -483,12 +486,11 @@ class LatentAttention(nn.Module):
         }
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
-        if past_key_values is not None:
-            check_cache(past_key_values)
-            stored = past_key_values.update(
-                k_latent, v_latent, self.layer_idx, position_ids=position_ids
-            )
-            rotary = past_key_values.rotary(self.layer_idx, self._rotary_emb[0], hidden_states)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            check_cache(cache)
+            stored = cache.update(k_latent, v_latent, self.layer_idx, position_ids=position_ids)
+            rotary = cache.rotary(self.layer_idx, self._rotary_emb[0], hidden_states)
             output, weights = attend(
                 self, query, stored, k_proj, v_proj, rotary, attention_mask, **options
             )
