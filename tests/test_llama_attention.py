@@ -9,7 +9,7 @@ from llama_cases import FAMILIES, ids_of, make_converted, make_model, through_ca
 from int8_ops import INT8Quantizer, reference
 from int8_ops._cache_names import cache_of, passed
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, convert
-from int8_ops.llama.attention import quantize_pairs, rotate
+from int8_ops.llama.attention import quantize_pairs, rotate, scores_of_one
 from int8_ops.llama.packing import unpack_int4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,3 +253,10 @@ def test_one_query_absorbs_values_as_if_they_were_rebuilt(monkeypatch, groups):
                     results.append(model(ids[:, -1:], **arguments).logits)
             assert_same(*results)
             assert not torch.equal(*results)  # two ways, not one
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_scores_of_one_query_are_the_products(batch):
+    query, key = torch.randn(batch, 8, 1, 16), torch.randn(batch, 5, 4, 16).transpose(1, 2)
+    expected = query @ key.repeat_interleave(2, dim=1).transpose(2, 3)
+    assert torch.allclose(scores_of_one(query, key), expected, atol=1e-5)

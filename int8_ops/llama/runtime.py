@@ -55,7 +55,8 @@ def _before_forward(
     cache = LatentCache(base)
     if len(args) > position:
         return (*args[:position], cache, *args[position + 1 :]), kwargs
-    others = {key: value for key, value in kwargs.items() if key != OLD}
+    # A None under the other name would be warned of as a second cache.
+    others = {key: value for key, value in kwargs.items() if key != OLD or value is not None}
     return args, {**others, name: cache}
 
 
