@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -352,7 +353,8 @@ def memory(run: Run, original: Any) -> None:
             ("the cache", args.memory_tokens, max(256, args.memory_tokens // 16)),
         ):
             if run.begins("memory", f"{name}, {total} tokens through {through}"):
-                memory_row(run, model, name, through, total, chunk)
+                what = f"{name} through {through}"
+                guarded(run, "memory", what, memory_row)(run, model, name, through, total, chunk)
         del model
         tidy(args.device)
 
@@ -531,7 +533,10 @@ def decode(run: Run, original: Any) -> None:
 
 
 def guarded(run: Run, section: str, what: str, measure: Callable[..., None]) -> Callable[..., None]:
-    """Too little memory or time ends one measurement, not the run; it is recorded."""
+    """What goes wrong ends one measurement, not the run; it is recorded.
+
+    Too little memory or time is a matter of the device; anything else fails the run at its end.
+    """
 
     def call(*args: Any) -> None:
         try:
@@ -539,7 +544,11 @@ def guarded(run: Run, section: str, what: str, measure: Callable[..., None]) -> 
         except torch.OutOfMemoryError as error:
             run.skip(section, what, f"out of memory: {str(error).splitlines()[0]}")
         except OutOfTime:
-            run.skip(section, what, "took too long to compile")
+            run.skip(section, what, "took too long")
+        except Exception as error:
+            traceback.print_exc()
+            run.failed = True
+            run.skip(section, what, f"FAILED: {type(error).__name__}: {error}"[:500])
         finally:
             torch._dynamo.reset()
             tidy(run.args.device)
@@ -615,7 +624,8 @@ def compiled_time(
 ) -> dict[str, float]:
     """Compile the first ``layers`` layers, compare a step with an eager one, and time it."""
     args, ours = run.args, name != "original"
-    spare = 8 + args.steps * args.rounds
+    # Room for the steps, and a size that attention with a mask has kernels for.
+    spare = -(-(8 + args.steps * args.rounds) // 64) * 64
     part = shortened(model, layers)
     eager = Decoder(part, part, filled(part, ours, False, rows, tokens, 0), rows, tokens)
     expected = eager.step().float()
@@ -903,8 +913,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     original = make_original(run)
     for section, measure in SECTIONS.items():
         if section in args.section:
-            measure(run, original)
-            tidy(args.device)
+            guarded(run, section, "the rest of it", measure)(run, original)
     run.write()
     run.progress("done")
     return 1 if run.failed else 0

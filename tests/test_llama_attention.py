@@ -260,3 +260,17 @@ def test_scores_of_one_query_are_the_products(batch):
     query, key = torch.randn(batch, 8, 1, 16), torch.randn(batch, 5, 4, 16).transpose(1, 2)
     expected = query @ key.repeat_interleave(2, dim=1).transpose(2, 3)
     assert torch.allclose(scores_of_one(query, key), expected, atol=1e-5)
+
+
+def test_rope_is_the_same_compiled_and_has_its_gradient():
+    x = torch.randn(2, 5, 4, 16).transpose(1, 2).requires_grad_()
+    cos, sin = torch.randn(2, 2, 5, 16).unbind(0)
+    first, second = x.chunk(2, dim=-1)
+    expected = x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    for function in (rotate, compiled):
+        got = function(x, cos, sin)
+        assert torch.allclose(got, expected, atol=1e-6)
+        (found,) = torch.autograd.grad(got.square().sum(), x)
+        assert torch.allclose(found, gradient, atol=1e-5)

@@ -281,8 +281,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: ``x [B, H, S, d]``, ``cos`` and ``sin [B or 1, S, d]`` (Su et al., 2021, RoFormer)."""
     cos, sin = cos[:, None], sin[:, None]
     half = x.shape[-1] // 2
-    # Half the bytes of the usual x * cos + cat(-second, first) * sin, and a rounding less: with a
-    # long history, rotating its keys is most of what a decode step moves.
+    # With a long history, rotating its keys is most of what a decode step moves.
+    if torch.compiler.is_compiling():
+        # One kernel of four loads: a flip is arithmetic on indices, halves would be masked.
+        partner = x.view(*x.shape[:-1], 2, half).flip(-2).flatten(-2)
+        first = torch.arange(2 * half, device=x.device) < half
+        return x * cos + partner * torch.where(first, -sin, sin)
+    # Half the bytes of the usual x * cos + cat(-second, first) * sin, and a rounding less.
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     y[..., half:].addcmul_(x[..., :half], sin[..., half:])
