@@ -663,7 +663,7 @@ def static(run: Run, original: Any) -> None:
     """Compiled steps over a ``StaticLatentCache``: the dynamic cache's tokens, one graph."""
     args = run.args
     sixteen = [torch.bfloat16, torch.float16] if args.device.type == "cuda" else [torch.bfloat16]
-    for dtype in sixteen:
+    for dtype in (*sixteen, torch.float32):  # the last as a control, for ties are rare in it
         what = f"random, {dtype}"
         if run.begins("static", what):
             guarded(run, "static", what, static_random)(run, what, dtype)
@@ -713,7 +713,8 @@ def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> N
     The static cache is fed the dynamic cache's tokens: if each step chooses the same token, the two
     generate the same text. A compiler rounds elsewhere than eager operators do, so logits differ in
     their last bits: a step that chooses another token of the same logit, within ``TIE_ULPS``, is a
-    tie, and is told.
+    tie, and is told. A static cache that nothing compiles is fed the same: what differs there is
+    the cache's doing, not the compiler's.
     """
     args = run.args
     cache = StaticLatentCache(model, 128 if args.quick else 256)
@@ -729,17 +730,21 @@ def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> N
             if number:
                 stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
             stack.enter_context(limit(min(args.compile_limit, run.left())))
-            same = 0
+            same, same_eager = 0, 0
             margins: list[float] = []
             graphs: list[int] = []
             dynamic = LatentCache(model)
+            plain = StaticLatentCache(model, cache.layers[0].max_cache_len)
             left = model(input_ids=ids, use_cache=True, **passed(model, dynamic)).logits[:, -1]
-            model(input_ids=ids, use_cache=True, **passed(model, cache))
+            for one in (cache, plain):
+                model(input_ids=ids, use_cache=True, **passed(model, one))
             for i in range(count):
                 token = left.argmax(-1, keepdim=True)
                 position = torch.tensor([[ids.shape[1] + i]], device=args.device)
                 options = {"input_ids": token, "position_ids": position, "use_cache": True}
                 left = model(**options, **passed(model, dynamic)).logits[:, -1]
+                eager = model(**options, **passed(model, plain)).logits[:, -1]
+                same_eager += int(bool((left.argmax(-1) == eager.argmax(-1)).all()))
                 torch.compiler.cudagraph_mark_step_begin()
                 right = call(**options, **passed(model, cache)).logits[:, -1]
                 chosen, other = left.argmax(-1), right.argmax(-1)
@@ -756,17 +761,19 @@ def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> N
         if args.device.type != "cuda":
             skips = 0  # there are none to be had
         ties = sum(margin <= TIE_ULPS for margin in margins)
-        good = same + ties == count and not (recompiled or breaks or skips)
+        good = same + ties == count and same_eager == count and not (recompiled or breaks or skips)
         tied = f" (others off by {', '.join(f'{m:.1f}' for m in margins)} ulp)" if margins else ""
         run.row(
             "static",
-            f"{what}, prompt of {ids.shape[1]}: {same} of {count} tokens the same{tied}; "
+            f"{what}, prompt of {ids.shape[1]}: {same} of {count} tokens the same{tied}, "
+            f"{same_eager} uncompiled; "
             f"{graphs[-1]} graphs, breaks {breaks}, recompiled {recompiled}, CUDA graphs skipped "
             f"{skips}{met(good)}",
             model=what,
             prompt=ids.shape[1],
             tokens=count,
             same=same,
+            same_uncompiled=same_eager,
             ties=ties,
             margins_ulp=margins,
             graphs=graphs[-1],
