@@ -1,4 +1,4 @@
-"""Loading a causal language model with transformers (4.56 to 5.23), and measuring it.
+"""Loading a causal language model with transformers (4.56 to 5.24), and measuring it.
 
 transformers, gguf and accelerate are optional: importing this module needs none of them, and
 what is missing is named by the ``MissingExtra`` that the first use raises.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._cache_names import cache_of, passed
 
 # A real Llama small enough to ship inside a PyPI package, as GGUF: 30 layers, hidden 576, 9 query
 # and 3 KV heads of 64.
@@ -155,4 +157,4 @@ def greedy_tokens(model: nn.Module, prompt: Tensor, count: int) -> Iterator[int]
         token = out.logits[:, -1:].argmax(dim=-1)
         yield int(token)
         if step + 1 < count:
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **passed(model, cache_of(out)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
+from int8_ops._cache_names import cache_of, passed  # noqa: E402
 from int8_ops.llama import LatentConfig, convert  # noqa: E402
 
 VOCABULARY = 96
@@ -86,7 +87,7 @@ def through_cache(model: Any, ids: Tensor, chunk: int, cache: Any = None) -> Ten
     """Logits ``[B, n, vocabulary]``, ``chunk`` tokens a pass."""
     logits = []
     for piece in ids.split(chunk, dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=piece, use_cache=True, **passed(model, cache))
+        cache = cache_of(out)
         logits.append(out.logits)
     return torch.cat(logits, dim=1)

@@ -7,8 +7,9 @@ import torch
 from llama_cases import FAMILIES, ids_of, make_converted, make_model, through_cache
 
 from int8_ops import INT8Quantizer, reference
+from int8_ops._cache_names import cache_of, passed
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, convert
-from int8_ops.llama.attention import quantize_pairs, rotate
+from int8_ops.llama.attention import quantize_pairs, rotate, scores_of_one
 from int8_ops.llama.packing import unpack_int4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,12 +78,12 @@ def test_rows_padded_on_the_left_are_what_they_are_alone(family, implementation)
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     alone = model(ids[:1, 9:], use_cache=False).logits[0]
     out = model(ids[:, :20], attention_mask=mask[:, :20], position_ids=position_ids[:, :20])
-    assert out.past_key_values.row_starts().tolist() == [-9, 0]
+    assert cache_of(out).row_starts().tolist() == [-9, 0]
     more = model(
         ids[:, 20:],
         attention_mask=mask,
         position_ids=position_ids[:, 20:],
-        past_key_values=out.past_key_values,
+        **passed(model, cache_of(out)),
     )
     got = torch.cat((out.logits[0, 9:], more.logits[0]))
     assert_same(got, alone)
@@ -96,7 +97,7 @@ def test_padding_in_the_middle_takes_the_general_path():
     mask[0, 5:8] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     out = model(ids, attention_mask=mask, position_ids=position_ids)
-    assert out.past_key_values.row_starts() is None
+    assert cache_of(out).row_starts() is None
     alone = model(ids[:1][mask[:1] == 1][None], use_cache=False).logits[0]
     assert_same(out.logits[0][mask[0] == 1], alone)
 
@@ -221,9 +222,7 @@ def test_the_seed_flow_is_kept_to_compare_with():
     rounded = INT8Quantizer.dequantize(*INT8Quantizer.quantize_per_token(latent))
     assert torch.allclose(latent, rounded, atol=1e-6)  # it is on the int8 grid already
     out = seed(ids)
-    assert {t.dtype for layer in out.past_key_values.layers for t in layer.tensors()} == {
-        torch.float32
-    }
+    assert {t.dtype for layer in cache_of(out).layers for t in layer.tensors()} == {torch.float32}
     integers = make_converted(config=LatentConfig(ranks=ranks, bits=8))
     exact = make_converted(config=LatentConfig(ranks=ranks, bits=16))(ids).logits
     for got in (out.logits, integers(ids).logits):
@@ -246,10 +245,32 @@ def test_one_query_absorbs_values_as_if_they_were_rebuilt(monkeypatch, groups):
             cut = {name: value[:, :-1] for name, value in more.items()}
             results = []
             for absorbs in (True, False):
-                cache = model(ids[:, :-1], **cut).past_key_values
+                cache = cache_of(model(ids[:, :-1], **cut))
                 with monkeypatch.context() as patch:
                     if not absorbs:
                         patch.setattr(LatentAttention, "absorbs", lambda self, options: False)
-                    results.append(model(ids[:, -1:], past_key_values=cache, **more).logits)
+                    arguments = {**more, **passed(model, cache)}
+                    results.append(model(ids[:, -1:], **arguments).logits)
             assert_same(*results)
             assert not torch.equal(*results)  # two ways, not one
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_scores_of_one_query_are_the_products(batch):
+    query, key = torch.randn(batch, 8, 1, 16), torch.randn(batch, 5, 4, 16).transpose(1, 2)
+    expected = query @ key.repeat_interleave(2, dim=1).transpose(2, 3)
+    assert torch.allclose(scores_of_one(query, key), expected, atol=1e-5)
+
+
+def test_rope_is_the_same_compiled_and_has_its_gradient():
+    x = torch.randn(2, 5, 4, 16).transpose(1, 2).requires_grad_()
+    cos, sin = torch.randn(2, 2, 5, 16).unbind(0)
+    first, second = x.chunk(2, dim=-1)
+    expected = x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    for function in (rotate, compiled):
+        got = function(x, cos, sin)
+        assert torch.allclose(got, expected, atol=1e-6)
+        (found,) = torch.autograd.grad(got.square().sum(), x)
+        assert torch.allclose(found, gradient, atol=1e-5)

@@ -13,6 +13,7 @@ import torch
 from llama_cases import FAMILIES, ids_of, make_converted, make_model, transformers
 from safetensors.torch import load_file, save_file
 
+from int8_ops._cache_names import cache_of
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig
 from int8_ops.llama.checkpoint import METHOD, LatentQuantizationConfig
 
@@ -51,7 +52,7 @@ def test_a_loaded_model_is_the_saved_one(family, tmp_path):
     assert type(loaded) is type(model)
     out = loaded(ids)
     assert torch.equal(out.logits, expected)
-    assert type(out.past_key_values) is LatentCache
+    assert type(cache_of(out)) is LatentCache
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
 
@@ -165,7 +166,7 @@ def test_a_model_loaded_into_the_same_process_leaves_others_alone(saved):
     AutoModel.from_pretrained(saved[0])
     plain = make_model("qwen2")
     assert not any(isinstance(module, LatentAttention) for module in plain.modules())
-    assert type(plain(ids_of(1, 4)).past_key_values) is not LatentCache
+    assert type(cache_of(plain(ids_of(1, 4)))) is not LatentCache
 
 
 RUN = """
@@ -203,7 +204,7 @@ def test_a_missing_transformers_is_named():
         "try:\n    int8_ops.llama.convert\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    assert "int8_ops.llama.convert needs transformers 4.56 to 5.23" in told
+    assert "int8_ops.llama.convert needs transformers 4.56 to 5.24" in told
 
 
 def run(code: str) -> str:

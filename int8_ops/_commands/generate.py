@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from .._cache_names import cache_of
 from . import CommandError
 from .common import add_device_arguments, device_name, load, pick_dtype, positive, tensor_bytes
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     )
     new = out.sequences[0, len(prompt) :].tolist()
     seconds = time.perf_counter() - started
-    cache = out.past_key_values
+    cache = cache_of(out)
     print(loaded.decode(new) if args.chat else args.prompt + loaded.decode(new))
     print()
     print(

@@ -204,16 +204,14 @@ class LatentProjection(nn.Module):
         group_bias = None if self.bias is None else self.bias.view(self.groups, -1)
         rebuilt = []
         for group in range(self.groups):
-            total: Tensor | None = None
+            parts = []
             for i, (piece, (q, scale)) in enumerate(zip(self.pieces(), stored, strict=True)):
                 # Added once, with the first slice.
                 bias = group_bias[group] if group_bias is not None and i == 0 else None
                 # One slice is rounded once, to dtype; several are summed in float32 before that.
                 out_dtype = dtype if len(stored) == 1 else torch.float32
-                part = self._product(piece, group, q[:, group], scale, bias, out_dtype)
-                total = part if total is None else total + part
-            assert total is not None
-            rebuilt.append(total.to(dtype))
+                parts.append(self._product(piece, group, q[:, group], scale, bias, out_dtype))
+            rebuilt.append(_total(parts, dtype))
         y = rebuilt[0] if self.groups == 1 else torch.cat(rebuilt, dim=-1)
         return y.view(*y.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
 
@@ -265,11 +263,35 @@ class LatentProjection(nn.Module):
         return f"heads={self.heads}, head_dim={self.head_dim}, groups={self.groups}"
 
 
+def _total(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of float32 parts, rounded once to ``dtype``; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    total, last = parts[0], parts[-1]
+    for part in parts[1:-1]:
+        total = total + part
+    if torch.compiler.is_compiling() or total.requires_grad or last.requires_grad:
+        # A compiler fuses these by itself, and out= passes no gradient.
+        return (total + last).to(dtype)
+    # The same bits in one pass instead of two.
+    return torch.add(total, last, out=torch.empty_like(total, dtype=dtype))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: ``x [B, H, S, d]``, ``cos`` and ``sin [B or 1, S, d]`` (Su et al., 2021, RoFormer)."""
     cos, sin = cos[:, None], sin[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    half = x.shape[-1] // 2
+    # With a long history, rotating its keys is most of what a decode step moves.
+    if torch.compiler.is_compiling():
+        # One kernel of four loads: a flip is arithmetic on indices, halves would be masked.
+        partner = x.view(*x.shape[:-1], 2, half).flip(-2).flatten(-2)
+        first = torch.arange(2 * half, device=x.device) < half
+        return x * cos + partner * torch.where(first, -sin, sin)
+    # Half the bytes of the usual x * cos + cat(-second, first) * sin, and a rounding less.
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
 
 
 def eager_attention(
@@ -324,7 +346,9 @@ def attend(
     """
     key = rotate(a_k.rebuild(stored[0], query.dtype), *rotary)
     if query.shape[2] == 1 and module.absorbs(kwargs):
-        return attend_one(query, key, stored[1], a_v, mask, kwargs["scaling"])
+        output, weights = attend_one(query, key, stored[1], a_v, mask, kwargs["scaling"])
+        told = module.config._attn_implementation == "eager"
+        return output, weights.to(query.dtype) if told else None
     value = a_v.rebuild(stored[1], query.dtype)
     return module.interface()(module, query, key, value, mask, **kwargs)
 
@@ -351,18 +375,18 @@ def attend_one(
         scaling: of the scores.
 
     Returns:
-        ``[B, 1, H, d]`` and the weights ``[B, H, 1, S]``.
+        ``[B, 1, H, d]`` and the weights, float32 ``[B, H, 1, S]``.
     """
     batch, heads, _, size = query.shape
     groups, together = a_v.groups, heads // a_v.groups
     repeats = heads // key.shape[1]
-    scores = torch.matmul(query.view(batch, -1, repeats, size), key.transpose(2, 3)) * scaling
-    scores = scores.view(batch, heads, 1, -1).float()
+    # The scale goes to the query: a pass over the scores less, and a rounding of them.
+    scores = scores_of_one(query * scaling, key)
     if mask is not None:
         mask = mask[..., : key.shape[2]]
         chosen = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if chosen else scores + mask
-    weights = scores.softmax(dim=-1)
+        scores = scores.masked_fill(~mask, -torch.inf) if chosen else scores.float() + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32)
     grouped = weights.view(batch, groups, together, -1)
     total: Tensor | None = None
     for piece, (q, scale) in zip(a_v.pieces(), stored, strict=True):
@@ -378,7 +402,25 @@ def attend_one(
     output = total.reshape(batch, 1, heads, size)
     if a_v.bias is not None:
         output = output + a_v.bias.view(-1, 1, size).expand(-1, repeats, -1).reshape(heads, size)
-    return output, weights.to(query.dtype)
+    return output, weights
+
+
+def scores_of_one(query: Tensor, key: Tensor) -> Tensor:
+    """``query [B, H, 1, d]`` against ``key [B, heads, S, d]``: ``[B, H, 1, S]``.
+
+    Rebuilt keys lie token by token, ``[B, S, heads, d]``. One row is a batch of products over its
+    heads; several would have to be copied for that, so each row is one product over all heads, with
+    zeros in a query for the heads that aren't its own: the same bytes, which are what takes time.
+    """
+    batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
+    query = query.view(batch, kv_heads, -1, size)
+    if batch == 1:
+        return torch.matmul(query, key.transpose(2, 3)).view(batch, heads, 1, -1)
+    spread = query.new_zeros((batch, kv_heads, query.shape[2], kv_heads, size))
+    spread.diagonal(dim1=1, dim2=3).copy_(query.permute(0, 2, 3, 1))
+    tokens = key.transpose(1, 2).flatten(2)
+    return torch.bmm(spread.view(batch, heads, -1), tokens.transpose(1, 2)).unsqueeze(2)
 
 
 class LatentAttention(nn.Module):
@@ -461,12 +503,15 @@ class LatentAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``hidden_states [B, q, hidden]`` -> ``[B, q, hidden]`` and weights or None.
 
+        Decoder layers pass the cache as ``cache`` or as ``past_key_values`` (``_cache_names``).
+
         Raises:
-            TypeError: ``past_key_values`` is not a ``LatentCache``.
+            TypeError: the cache is not a ``LatentCache``.
             ValueError: a cache of another model, of another batch, or a static one that is full.
         """
         shape = hidden_states.shape[:-1]
@@ -483,12 +528,11 @@ class LatentAttention(nn.Module):
         }
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
-        if past_key_values is not None:
-            check_cache(past_key_values)
-            stored = past_key_values.update(
-                k_latent, v_latent, self.layer_idx, position_ids=position_ids
-            )
-            rotary = past_key_values.rotary(self.layer_idx, self._rotary_emb[0], hidden_states)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            check_cache(cache)
+            stored = cache.update(k_latent, v_latent, self.layer_idx, position_ids=position_ids)
+            rotary = cache.rotary(self.layer_idx, self._rotary_emb[0], hidden_states)
             output, weights = attend(
                 self, query, stored, k_proj, v_proj, rotary, attention_mask, **options
             )

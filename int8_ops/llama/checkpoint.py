@@ -96,25 +96,13 @@ class LatentQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Swap the attention modules of the skeleton, which has no values yet."""
-        from .families import attention_class, attentions, check_model, decoder_layers
-        from .runtime import install
+        from .skeleton import swap_attentions
 
-        check_model(model)
-        specs = self.quantization_config.specs()
-        layers = decoder_layers(model)
-        if len(specs) != len(layers):
-            raise ValueError(
-                f"{METHOD}: expected a quantization_config of {len(layers)} layers, as the model "
-                f"has, got {len(specs)}"
-            )
-        backend = self.quantization_config.backend
-        for index, attention in attentions(model):
-            _check_fits(attention, specs[index], index)
-            new = attention_class(attention)(
-                attention, specs[index], model.model.rotary_emb, backend
-            )
-            layers[index].self_attn = new
-        install(model)
+        config = self.quantization_config
+        try:
+            swap_attentions(model, config.specs(), config.backend)
+        except ValueError as error:
+            raise ValueError(f"{METHOD}: {error}") from error
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -156,15 +144,6 @@ class LatentQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Yes."""
         return True
-
-
-def _check_fits(attention: Any, spec: LayerSpec, index: int) -> None:
-    heads = attention.k_proj.out_features // attention.head_dim
-    if heads % spec.groups:
-        raise ValueError(
-            f"{METHOD}: expected groups that divide the {heads} KV heads of layer {index}, got "
-            f"{spec.groups}"
-        )
 
 
 def mark_converted(model: Any, config: LatentQuantizationConfig) -> None:

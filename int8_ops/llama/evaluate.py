@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._cache_names import cache_of, passed
+
 __all__ = ["Score", "score"]
 
 
@@ -59,8 +61,8 @@ def score(
         targets = window[1:]
         for start in range(0, len(window), chunk):
             piece = window[start : start + chunk]
-            out = model(input_ids=piece[None], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=piece[None], use_cache=True, **passed(model, cache))
+            cache = cache_of(out)
             wanted = targets[start : start + chunk]
             logits = out.logits[0, : len(wanted)].float()
             total += float(F.cross_entropy(logits, wanted, reduction="sum"))

@@ -7,7 +7,6 @@ shares that class is covered; any other is refused by name.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
+from .._cache_names import cache_argument
 from .attention import LatentAttention
 
 __all__ = ["attention_class", "check_model", "decoder_layers"]
@@ -92,16 +92,10 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: another architecture, by name; a model that was converted before; projections
-            that are not plain ``nn.Linear`` (quantized or adapted ones).
+            that are not plain ``nn.Linear`` (quantized or adapted ones); a cache argument of
+            another name than is known.
         ValueError: RoPE whose frequencies follow the sequence's length.
     """
-    base = getattr(model, "model", None)
-    if base is not None and "cache" in inspect.signature(type(base).forward).parameters:
-        # Renamed in 5.24, where models also return it by another name.
-        raise TypeError(
-            "int8_ops.llama: expected transformers 4.56 to 5.23, whose models take their cache as "
-            f"past_key_values; this {type(base).__name__} takes it as cache"
-        )
     name = type(model).__name__
     for index, attention in attentions(model):
         if isinstance(attention, LatentAttention):
@@ -115,6 +109,7 @@ def check_model(model: nn.Module) -> None:
                     f"{name} cannot be converted: expected nn.Linear as {projection} of layer "
                     f"{index}, got {type(module).__name__}"
                 )
+    cache_argument(type(model.model))  # type: ignore[arg-type]
     kind = rope_type(model.config)
     if kind in MOVING_ROPE:
         raise ValueError(

@@ -37,16 +37,19 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``q`` int8 ``[..., r]`` in -8..7, and ``scale`` float32 ``[..., 1]``, possibly negative.
     """
-    x = x.to(torch.float32)
-    high = x.amax(dim=-1, keepdim=True)
-    low = x.amin(dim=-1, keepdim=True)
+    if x.dtype not in (torch.float16, torch.bfloat16):  # those are converted as they are divided
+        x = x.to(torch.float32)
+    high = x.amax(dim=-1, keepdim=True).to(torch.float32)
+    low = x.amin(dim=-1, keepdim=True).to(torch.float32)
     # A NaN makes both NaN; a tie takes the positive one.
     scale = torch.where(high >= -low, high, low) / LOW
     flat = scale.abs() < torch.finfo(torch.float32).tiny
     finite = torch.isfinite(high) & torch.isfinite(low)
+    # A flat row rounds to zeros by itself: no element exceeds 8 of a subnormal scale. What integers
+    # the quotients of a row with a NaN or an Inf become is left open, and overwritten.
     scale = torch.where(flat, 1.0, scale)
-    q = torch.round(x / scale).clamp(LOW, HIGH)
-    q = torch.where(finite & ~flat, q, 0.0).to(torch.int8)
+    q = (x / scale).round_().clamp_(LOW, HIGH)
+    q = q.to(torch.int8).masked_fill_(~finite, 0)
     return q, torch.where(finite, scale, torch.nan)
 
 
@@ -73,8 +76,15 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """int8 ``[..., r / 2]`` -> int8 ``[..., r]`` in -8..7. Raises ValueError for another dtype."""
     if packed.dtype != torch.int8:
         raise ValueError(f"unpack_int4: expected int8, got {packed.dtype}")
-    # Both shifts are of signed bytes: the right one extends the sign.
-    return torch.cat(((packed << 4) >> 4, packed >> 4), dim=-1)
+    # All shifts are of signed bytes: the right one extends the sign.
+    if torch.compiler.is_compiling():
+        return torch.cat(((packed << 4) >> 4, packed >> 4), dim=-1)
+    # The same without a copy: a whole history is unpacked at every step.
+    width = packed.shape[-1]
+    out = packed.new_empty((*packed.shape[:-1], 2 * width))
+    torch.bitwise_left_shift(packed, 4, out=out[..., :width]).bitwise_right_shift_(4)
+    torch.bitwise_right_shift(packed, 4, out=out[..., width:])
+    return out
 
 
 Stored = tuple[Tensor, Tensor | None]

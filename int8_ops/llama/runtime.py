@@ -6,8 +6,9 @@ import functools
 import inspect
 from typing import Any
 
-from torch import nn
+import torch
 
+from .._cache_names import NEW, OLD, cache_argument, cache_position
 from .attention import check_cache
 from .cache import LatentCache, StaticLatentCache
 
@@ -22,37 +23,49 @@ def install(model: Any) -> None:
     """Hook the cache into a model whose attention is converted; once."""
     if "_prepare_cache_for_generation" in vars(model):
         return
-    model.model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    base = type(model.model)
+    # Looked up here: the hook runs at every step, compiled ones included.
+    hook = functools.partial(_before_forward, cache_argument(base), cache_position(base))
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
     # Instance attributes, so that the class, which other models share, is left as it is.
     model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
 
 
 def _before_forward(
-    base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, position: int, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Make a cache where one is wanted and none is given; refuse another kind."""
-    position = _POSITION.setdefault(type(base), _past_position(type(base)))
-    given = args[position] if len(args) > position else kwargs.get("past_key_values")
+    """Make a cache where one is wanted and none is given; refuse another kind.
+
+    ``name`` and ``position`` are those of the cache among the arguments. A model that takes the new
+    name still takes the old one.
+    """
+    if name == OLD and kwargs.get(NEW) is not None:
+        raise TypeError(
+            f"{type(base).__name__}: expected the cache as {OLD}, as this version of transformers "
+            f"calls it, got it as {NEW}"
+        )
+    given = args[position] if len(args) > position else kwargs.get(name, kwargs.get(OLD))
     if given is not None:
         check_cache(given)
         return None
     wanted = kwargs.get("use_cache")
     wanted = base.config.use_cache if wanted is None else wanted
-    if not wanted or (base.training and getattr(base, "gradient_checkpointing", False)):
+    if not wanted or _drops_cache(name, base):
         return None
     cache = LatentCache(base)
     if len(args) > position:
         return (*args[:position], cache, *args[position + 1 :]), kwargs
-    return args, {**kwargs, "past_key_values": cache}
+    # A None under the other name would be warned of as a second cache.
+    others = {key: value for key, value in kwargs.items() if key != OLD or value is not None}
+    return args, {**others, name: cache}
 
 
-_POSITION: dict[type[nn.Module], int] = {}
-
-
-def _past_position(base: type[nn.Module]) -> int:
-    """Where ``past_key_values`` stands among the positional arguments of ``forward``."""
-    names = list(inspect.signature(base.forward).parameters)
-    return names.index("past_key_values") - 1
+def _drops_cache(name: str, base: Any) -> bool:
+    """Whether the model goes without a cache because its layers run again for gradients."""
+    if not base.training or not getattr(base, "gradient_checkpointing", False):
+        return False
+    # The release that renamed the argument also keeps the cache where there is no gradient.
+    return name == OLD or torch.is_grad_enabled()
 
 
 def _prepare_cache(
@@ -65,7 +78,8 @@ def _prepare_cache(
         ValueError: ``cache_implementation`` names one that has no integer counterpart.
     """
     original = type(model)._prepare_cache_for_generation
-    given = model_kwargs.get("past_key_values")
+    name = cache_argument(type(model))
+    given = model_kwargs.get(name)
     if given is not None:
         check_cache(given)
     wanted = generation_config.cache_implementation
@@ -87,5 +101,5 @@ def _prepare_cache(
             "holds integer latents: expected None, 'dynamic', 'static', 'offloaded' or "
             "'offloaded_static'"
         )
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[name] = cache
     return None

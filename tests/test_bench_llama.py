@@ -1,0 +1,81 @@
+"""``benchmarks/bench_llama.py`` on a tiny model: every section but the compiled ones runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5.0")
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_llama.py"
+if not SCRIPT.is_file():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_llama", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TINY = ["--config", "tiny", "--device", "cpu", "--quick"]
+
+
+def test_the_sections_run_and_are_recorded(bench, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    sections = ["memory", "prefill", "decode", "convert"]
+    options = ["--specs", "int8", "mixed", "--points", "2x64", "--no-compile"]
+    assert bench.main([*TINY, *options, "--json", str(path), "--section", *sections]) == 0
+    record = json.loads(path.read_text())
+    found = record["sections"]
+    assert list(found) == sections
+    assert record["not_run"] == []
+    assert record["meta"]["transformers"]
+    for row in found["memory"]:
+        assert row["met"]
+        assert row["slope"] == pytest.approx(row["bytes_per_token"], rel=1e-6)
+    assert [row["through"] for row in found["memory"]] == ["the model", "the cache"] * 2
+    assert [row["model"] for row in found["prefill"]] == ["original", "int8", "mixed"]
+    assert [row["model"] for row in found["decode"]] == ["original", "int8", "mixed"]
+    assert all(row["ms"] > 0 for row in (*found["prefill"], *found["decode"]))
+    assert found["convert"][0]["met"]
+    printed = capsys.readouterr()
+    assert printed.out.count("bytes_per_token()") == 4
+    assert "s left] decode: mixed, eager, 2 x 64" in printed.err
+
+
+def test_what_there_is_no_time_for_is_recorded(bench, tmp_path):
+    path = tmp_path / "record.json"
+    options = ["--time-budget", "0", "--section", "memory", "decode", "--points", "1x64"]
+    assert bench.main([*TINY, *options, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["sections"] == {}
+    assert {row["why"] for row in record["not_run"]} == {"no time left"}
+    assert len(record["not_run"]) == 4 + 3 + 2
+
+
+def test_a_limit_ends_what_takes_too_long(bench):
+    with pytest.raises(bench.OutOfTime), bench.limit(0.05):
+        time.sleep(20)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "mixed"])
+@pytest.mark.parametrize("ratio", [0.125, 0.25, 0.5])
+def test_specs_stay_within_their_bytes(bench, name, ratio):
+    class Config:
+        num_key_value_heads, head_dim = 8, 128
+
+    spec = bench.layer_spec(name, Config, ratio)
+    rank = sum(part.rank for part in spec.k)
+    assert spec.bytes_per_token <= ratio * 4 * 8 * 128
+    assert spec.bytes_per_token > 0.9 * ratio * 4 * 8 * 128 or rank == 1024
+    assert all(part.rank % 16 == 0 for part in spec.k)
+    assert rank <= 1024
