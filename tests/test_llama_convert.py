@@ -401,6 +401,21 @@ def test_the_report_prints_and_saves(tmp_path):
     assert saved["layers"][0]["k"]["full_rank"] == 32
     svg = ET.parse(tmp_path / "report.svg").getroot()
     assert len(svg.findall("{http://www.w3.org/2000/svg}circle")) == 6
+    # Of both conversions' losses, and the budgets that a model as small as this can have.
+    assert report.curve == sorted(report.curve)
+    assert [loss for _, loss in report.curve] == sorted((c[1] for c in report.curve), reverse=True)
+    assert report.curve[-1][0] <= 0.5 * 384 + 4
+    svg = ET.parse(tmp_path / "report_bytes.svg").getroot()
+    points = svg.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(points) == len(report.curve) + 2 > 2
+
+
+def test_without_calibration_there_is_no_perplexity_to_plot(tmp_path):
+    report = convert(make_model(), None, LatentConfig(kv_ratio=0.4, objective="weight"))
+    report.save(tmp_path / "report.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.svg"]
+    with pytest.raises(ValueError, match="expected a conversion with calibration text"):
+        report.plot_perplexity()
 
 
 def test_a_plot_needs_points():

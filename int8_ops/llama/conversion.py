@@ -37,6 +37,8 @@ __all__ = ["convert"]
 # Tokens that are scored before and after, and of those, for each layer on its own.
 MEASURED_TOKENS = 2048
 OWN_TOKENS = 256
+# Budgets whose predicted losses the report plots, relative to 16 bits.
+CURVE = (0.12, 0.14, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
 def convert(
@@ -294,7 +296,7 @@ def _choose(model: Any, study: Study, config: LatentConfig) -> dict[Key, Choice]
     bits, costs, groups = config.allowed_bits(), study.costs, study.groups
     if config.ranks is not None:
         return {key: _given(found, bits[0], config.ranks, key) for key, found in costs.items()}
-    choices = {key: choices_of(found, bits, groups) for key, found in costs.items()}
+    choices = _choices(study, config)
     if config.mean_rank is not None:
         most = groups * study.full_rank
         if config.mean_rank > most:
@@ -306,6 +308,25 @@ def _choose(model: Any, study: Study, config: LatentConfig) -> dict[Key, Choice]
         assert config.kv_ratio is not None
         budget = config.kv_ratio * bytes_in_16_bits(model)
     return allocate(choices, budget)
+
+
+def _choices(study: Study, config: LatentConfig) -> dict[Key, list[Choice]]:
+    bits, groups = config.allowed_bits(), study.groups
+    return {key: choices_of(found, bits, groups) for key, found in study.costs.items()}
+
+
+def _curve(model: Any, study: Study, config: LatentConfig) -> list[tuple[int, float]]:
+    """Bytes a token and predicted loss at the budgets of ``CURVE`` that this model can have."""
+    from .cache import POSITION_BYTES
+
+    choices, whole = _choices(study, config), bytes_in_16_bits(model)
+    least = sum(found[0].bytes for found in choices.values())
+    curve = []
+    for budget in (ratio * whole for ratio in CURVE if ratio * whole >= least):
+        chosen = allocate(choices, budget).values()
+        size = sum(choice.bytes for choice in chosen) + POSITION_BYTES
+        curve.append((size, sum(choice.cost for choice in chosen)))
+    return curve
 
 
 def _given(costs: Costs, bits: int, ranks: Sequence[tuple[int, int]], key: Key) -> Choice:
@@ -476,6 +497,7 @@ def _report(
         calibration_tokens=sum(ids.numel() for ids in study.batches),
         seconds=clock.laps,
         config=config.to_dict(),
+        curve=_curve(model, study, config) if fisher else [],
     )
 
 
