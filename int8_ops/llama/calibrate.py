@@ -149,8 +149,14 @@ def _activation_bytes(model: Any, tokens: int) -> int:
     return int(tokens * config.num_hidden_layers * a_token * size)
 
 
+def recomputed(model: Any, batches: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Activations of these batches are recomputed in backward passes if they are too many."""
+    tokens = max(batch.numel() for batch in batches)
+    return _checkpointed(model, _activation_bytes(model, tokens) > CHECKPOINT_BYTES)
+
+
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradient for any weight, gradients from the embeddings on."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
@@ -200,11 +206,10 @@ def _run(
         for stream in ("k", "v"):
             projection = getattr(attention, f"{stream}_proj")
             handles.append(projection.register_forward_hook(watch((index, stream))))
-    tokens = max(batch.numel() for batch in batches)
-    checkpoint = gradients and _activation_bytes(model, tokens) > CHECKPOINT_BYTES
+    again = recomputed(model, batches) if gradients else contextlib.nullcontext()
     device = model.get_input_embeddings().weight.device
     try:
-        with _frozen(model), _checkpointed(model, checkpoint), torch.set_grad_enabled(gradients):
+        with frozen(model), again, torch.set_grad_enabled(gradients):
             for batch in progress(batches, what):
                 ids = batch.to(device)
                 if not gradients:

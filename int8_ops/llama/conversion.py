@@ -28,6 +28,7 @@ from .calibrate import (
 from .checkpoint import LatentQuantizationConfig, mark_converted
 from .config import LatentConfig
 from .families import attention_class, attentions, check_model, decoder_layers
+from .refine import Cut, refine
 from .report import ConversionReport, LayerReport, stream_report
 from .runtime import install
 from .spec import LayerSpec, Slice, StreamSpec
@@ -160,8 +161,22 @@ def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock:
         LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, study.groups, config.flow)
         for index in range(len(decoder_layers(model)))
     ]
+    cut = {
+        (index, stream): _cut(
+            study.factors[index, stream],
+            chosen[index, stream].spec,
+            (config.seed, index, number),
+            config.rotate,
+        )
+        for index, _ in attentions(model)
+        for number, stream in enumerate(("k", "v"))
+    }
+    if config.refine and study.batches:
+        stored = {key: choice.spec for key, choice in chosen.items()}
+        cut = refine(model, cut, stored, study.batches, config.refine, config.backend, shown)
+        clock.lap("refining")
     made = {
-        index: _convert_layer(model, attention, specs[index], study.factors, config)
+        index: _convert_layer(model, attention, specs[index], cut, config)
         for index, attention in shown(list(attentions(model)), "converting")
     }
     clock.lap("converting")
@@ -356,14 +371,13 @@ def _convert_layer(
     model: Any,
     attention: Any,
     spec: LayerSpec,
-    factors: dict[Key, Factors],
+    cut: Cut,
     config: LatentConfig,
 ) -> LatentAttention:
     """A converted attention beside the original, which is left as it is."""
     new = attention_class(attention)(attention, spec, model.model.rotary_emb, config.backend)
-    for number, (stream, parts) in enumerate((("k", spec.k), ("v", spec.v))):
-        found = factors[attention.layer_idx, stream]
-        a, b = _cut(found, parts, (config.seed, attention.layer_idx, number), config.rotate)
+    for stream in ("k", "v"):
+        a, b = cut[attention.layer_idx, stream]
         projection: Any = getattr(new, f"{stream}_proj")
         projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias)
     new.k_proj.requires_grad_(False)
