@@ -83,6 +83,8 @@ def main() -> int:
         "bytes_in_16_bits": bytes_in_16_bits(model),
     }
     rows: list[dict[str, Any]] = record.data["rows"]
+    # Of each row, for a record may be made in several runs.
+    commit = record.data["facts"].pop("commit")
 
     def add(
         scored: Any, name: dict[str, Any], make_cache: Callable[[], Any] | None, more: Any
@@ -91,7 +93,7 @@ def main() -> int:
         found = {
             text: score(scored, part, CHUNK, make_cache).perplexity for text, part in ranges.items()
         }
-        more = {"seconds_scoring": round(time.perf_counter() - began), **more}
+        more = {"seconds_scoring": round(time.perf_counter() - began), "commit": commit, **more}
         rows.append({**name, "perplexity": found, **more})
         record.save()
         print(json.dumps(told(rows[-1], rows)), flush=True)
