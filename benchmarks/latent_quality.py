@@ -101,10 +101,8 @@ def main() -> int:
     for label, make_cache in caches_of(model, (*QUANTIZED, *MORE)):
         name: dict[str, Any] = {"cache": label}
         if not any(name.items() <= row.items() for row in rows):
-            held = [bytes_a_token(model, windows[0], CHUNK, make_cache)]
-            model.to(torch.bfloat16)
-            held.append(bytes_a_token(model, windows[0], CHUNK, make_cache))
-            model.to(torch.float32)
+            half = copy.deepcopy(model).to(torch.bfloat16)
+            held = [bytes_a_token(m, windows[0], CHUNK, make_cache) for m in (model, half)]
             sizes = {"bytes_per_token_float32": held[0], "bytes_per_token": held[1]}
             add(model, name, make_cache, sizes)
     study = None
