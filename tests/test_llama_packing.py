@@ -16,6 +16,7 @@ from int8_ops.llama.packing import (
     quantize_stream,
     unpack_int4,
 )
+from int8_ops.llama.rounding import round_with_feedback
 from int8_ops.llama.spec import LayerSpec, Slice, parse_stream
 
 
@@ -139,3 +140,18 @@ def test_a_bad_spec_is_refused_by_name(value, told):
     with pytest.raises(ValueError, match=r"layers\[3\]\.k") as error:
         parse_stream(value, "layers[3].k")
     assert told in str(error.value)
+
+
+def test_feedback_moves_rounding_errors_to_where_they_cost_little():
+    latents = torch.randn(4096, 48, dtype=torch.float64) * torch.logspace(0, -2, 48)
+    turn = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0]
+    latents, a = latents @ turn, torch.randn(32, 48)
+    q, scale = INT8Quantizer.quantize_per_channel(a)
+    better = round_with_feedback(a, scale, latents.T @ latents)
+    assert better.dtype == torch.int8
+    assert int(better.min()) >= -127
+    error = [float((latents @ (n * scale - a).double().T).norm()) for n in (q, better)]
+    assert error[1] < 0.5 * error[0]
+    # Nothing to weigh by: each for itself.
+    assert torch.equal(round_with_feedback(a, scale, torch.zeros(48, 48)), q)
+    assert torch.equal(round_with_feedback(a, scale, torch.eye(48)), q)

@@ -176,7 +176,7 @@ def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock:
         cut = refine(model, cut, stored, study.batches, config.refine, config.backend, shown)
         clock.lap("refining")
     made = {
-        index: _convert_layer(model, attention, specs[index], cut, config)
+        index: _convert_layer(model, attention, specs[index], study.factors, cut, config)
         for index, attention in shown(list(attentions(model)), "converting")
     }
     clock.lap("converting")
@@ -371,15 +371,22 @@ def _convert_layer(
     model: Any,
     attention: Any,
     spec: LayerSpec,
+    factors: dict[Key, Factors],
     cut: Cut,
     config: LatentConfig,
 ) -> LatentAttention:
     """A converted attention beside the original, which is left as it is."""
     new = attention_class(attention)(attention, spec, model.model.rotary_emb, config.backend)
-    for stream in ("k", "v"):
+    for number, (stream, parts) in enumerate((("k", spec.k), ("v", spec.v))):
         a, b = cut[attention.layer_idx, stream]
+        moments = _latent_moments(
+            factors[attention.layer_idx, stream],
+            parts,
+            (config.seed, attention.layer_idx, number),
+            config.rotate,
+        )
         projection: Any = getattr(new, f"{stream}_proj")
-        projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias)
+        projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias, moments)
     new.k_proj.requires_grad_(False)
     new.v_proj.requires_grad_(False)
     return new
@@ -393,18 +400,45 @@ def _cut(
     a_all, b_all = factors.a.double(), factors.b.double()
     # The latent's unit is free: share the weight's size evenly, for dtypes of a small range.
     unit = (a_all.norm() / b_all.norm()).sqrt()
-    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1] * 2 + seed[2])
-    for part in spec:
+    for part, turn in zip(spec, _turns(factors, spec, seed, rotate), strict=True):
         a = a_all[..., start : start + part.rank] / unit
         b = b_all[:, start : start + part.rank] * unit
         start += part.rank
-        if rotate and part.bits < 16:
-            turn = torch.stack([_rotation(part.rank, generator) for _ in range(len(a))])
-            turn = turn.to(a.device)
-            a, b = a @ turn, turn.transpose(1, 2) @ b
-        a_parts.append(a)
-        b_parts.append(b)
+        a_parts.append(a @ turn)
+        b_parts.append(turn.transpose(1, 2) @ b)
     return torch.cat(a_parts, dim=2), torch.cat(b_parts, dim=1)
+
+
+def _turns(
+    factors: Factors, spec: StreamSpec, seed: tuple[int, int, int], rotate: bool
+) -> list[Tensor]:
+    """The rotation of each slice, float64 ``[G, rank, rank]``."""
+    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1] * 2 + seed[2])
+    groups, device = len(factors.a), factors.a.device
+    turns = []
+    for part in spec:
+        if rotate and part.bits < 16:
+            turn = torch.stack([_rotation(part.rank, generator) for _ in range(groups)])
+        else:
+            turn = torch.eye(part.rank, dtype=torch.float64).expand(groups, -1, -1)
+        turns.append(turn.to(device))
+    return turns
+
+
+def _latent_moments(
+    factors: Factors, spec: StreamSpec, seed: tuple[int, int, int], rotate: bool
+) -> list[Tensor]:
+    """Of each slice's latents as ``_cut`` turns them, ``[G, rank, rank]``, up to a factor.
+
+    Before the turn it is the spectrum: each factor took its root, in metrics that make the other
+    root orthogonal.
+    """
+    moments, start = [], 0
+    for part, turn in zip(spec, _turns(factors, spec, seed, rotate), strict=True):
+        energy = factors.spectrum[:, start : start + part.rank].double()
+        start += part.rank
+        moments.append(turn.transpose(1, 2) @ (energy[..., None] * turn))
+    return moments
 
 
 def _rotation(n: int, generator: torch.Generator) -> Tensor:
