@@ -39,8 +39,8 @@ __all__ = ["Costs", "Factors", "Moments", "factorize", "measure_costs", "measure
 
 # Added to a moment, relative to its mean diagonal: directions that the calibration never took count
 # this much. Lower fits the calibration closer and other text worse: on SmolLM2 at 0.16 of the
-# bytes, 32 windows, 0.01 lost 2.98 % on held-out text, 0.03 2.80 %, 0.1 3.31 % (one run each; the
-# rotations' seed alone scatters by some 0.3).
+# bytes, 32 windows, 0.01 lost 2.98 % on held-out text, 0.03 2.80 %, 0.1 3.31 % (one run each, not
+# refined; the rotations' seed alone scatters by some 0.3).
 DAMPING = 3e-2
 # Above this many bytes of activations in a backward pass, layers are run twice instead.
 CHECKPOINT_BYTES = 8 << 30

@@ -5,7 +5,7 @@ The int4 numbers, all in float32, input converted exactly:
 1. ``m`` is the element of the row that is largest in magnitude (the positive one in a tie);
    ``scale = m / -8.5``, so a scale may be negative and ``m`` itself becomes -8, off by half a step,
    which any other element may be too. The steps of ``m / -8``, where ``m`` is exact, have 1.08
-   times the mean square error on Gaussian rows of 192.
+   times the mean square error on Gaussian rows of 192, 1.05 on rows of 88, 0.97 on rows of 32.
 2. ``q = clamp(rint(x / scale), -8, 7)``, halves to even. An element of the other sign that is
    nearly as large is clamped to 7, off by a step and a half at most: rarer and cheaper than the
    wider steps of a symmetric -7..7.
