@@ -14,6 +14,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from int8_ops import cli, hf  # noqa: E402
 from int8_ops._commands.common import tensor_bytes  # noqa: E402
+from int8_ops._commands.eval import caches_of, measure  # noqa: E402
 from int8_ops.llama import LatentCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +87,32 @@ def test_eval_scores_through_the_cache_beside_the_original(folders, capsys):
     assert mine[3].endswith("%")
     change = 100 * (float(mine[2]) / float(plain[2]) - 1)
     assert float(mine[3].split()[0]) == pytest.approx(change, abs=0.02)
+
+
+def test_eval_scores_several_models_and_plots_them(folders, tmp_path, capsys):
+    original, converted, text = folders
+    command = ["eval", *[str(converted)] * 2, "--original", str(original), "--text", str(text)]
+    plot = tmp_path / "plot.svg"
+    assert cli.main([*command, "--plot", str(plot), *WINDOWS, *CPU]) == 0
+    told = capsys.readouterr().out
+    assert told.count("int8_ops latents") == 2
+    assert f"plot: {plot}" in told
+    drawn = plot.read_text()
+    assert drawn.count(">int8_ops latents<") == drawn.count(">its own<") == 1
+    assert drawn.count("<circle") >= 3
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_transformers_quantized_caches_are_scored_where_they_are_installed(folders, axis):
+    pytest.importorskip("hqq")
+    loaded = hf.load_causal_lm(str(folders[0]), device=torch.device("cpu"), dtype=torch.float32)
+    options = {"backend": "hqq", "nbits": 8, "axis_key": axis, "axis_value": axis}
+    caches = dict(caches_of(loaded.model, [{**options, "q_group_size": 8}]))
+    assert list(caches) == ["its own", "hqq 8 bit"]
+    windows = [torch.arange(64) % 50]
+    own, quantized = (measure(loaded, n, windows, 16, m, None) for n, m in caches.items())
+    assert quantized.perplexity == pytest.approx(own.perplexity, rel=0.05)
+    assert quantized.bytes_per_token < own.bytes_per_token
 
 
 @pytest.mark.parametrize("more", [[], ["--static"]])

@@ -15,8 +15,16 @@ from torch import nn
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, convert
 from int8_ops.llama.allocate import allocate, choices_of, noise_variance
 from int8_ops.llama.calibrate import Costs, Moments, factorize, grid_of, measure_moments
-from int8_ops.llama.conversion import _cut, bytes_in_16_bits
+from int8_ops.llama.conversion import (
+    Clock,
+    Shown,
+    _cut,
+    bytes_in_16_bits,
+    prepare,
+    study_model,
+)
 from int8_ops.llama.packing import dequantize_int4, quantize_int4
+from int8_ops.llama.refine import Student, refine
 from int8_ops.llama.report import plot_lines
 from int8_ops.llama.spec import Slice
 
@@ -401,6 +409,21 @@ def test_the_report_prints_and_saves(tmp_path):
     assert saved["layers"][0]["k"]["full_rank"] == 32
     svg = ET.parse(tmp_path / "report.svg").getroot()
     assert len(svg.findall("{http://www.w3.org/2000/svg}circle")) == 6
+    # Of both conversions' losses, and the budgets that a model as small as this can have.
+    assert report.curve == sorted(report.curve)
+    assert [loss for _, loss in report.curve] == sorted((c[1] for c in report.curve), reverse=True)
+    assert report.curve[-1][0] <= 0.5 * 384 + 4
+    svg = ET.parse(tmp_path / "report_bytes.svg").getroot()
+    points = svg.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(points) == len(report.curve) + 2 > 2
+
+
+def test_without_calibration_there_is_no_perplexity_to_plot(tmp_path):
+    report = convert(make_model(), None, LatentConfig(kv_ratio=0.4, objective="weight"))
+    report.save(tmp_path / "report.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.svg"]
+    with pytest.raises(ValueError, match="expected a conversion with calibration text"):
+        report.plot_perplexity()
 
 
 def test_a_plot_needs_points():
@@ -420,3 +443,77 @@ def test_training_mode_and_gradient_flags_survive():
     assert flags == [True, False, True]
     assert not model.model.layers[0].self_attn.k_proj.BLinear.weight.requires_grad
     assert model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+# -- refinement -----------------------------------------------------------------------------------
+
+
+def divergence(model, original) -> float:
+    """From the original's predictions, nats a token, on tokens that were not calibrated on."""
+    ids = ids_of(4, 64, seed=9)
+    with torch.no_grad():
+        found, wanted = (m(ids).logits.log_softmax(-1) for m in (model, original))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def test_refined_factors_stay_closer_to_the_model():
+    original, found = make_model(), {}
+    for steps in (0, 48):
+        model = make_model()
+        config = LatentConfig(kv_ratio=0.3, rank_multiple=4, refine=steps)
+        report = convert(model, ids_of(16, 64, seed=1), config)
+        assert ("refining" in report.seconds) == (steps > 0)
+        found[steps] = divergence(model, original)
+    assert found[48] < 0.95 * found[0]
+
+
+@pytest.mark.parametrize("family", ["llama-mha-bias", "mistral-window"])
+def test_the_student_predicts_as_the_converted_model_will(family):
+    """But for A, which is not rounded to int8 yet, and the int4 values that this tips over."""
+    config = LatentConfig(kv_ratio=0.4, rank_multiple=4, heads_per_group=2, refine=0)
+    model, shown = make_model(family), Shown(False)
+    study = study_model(model, CALIBRATION, config, None, shown, Clock())
+    plan = prepare(model, study, config, shown, Clock())
+    specs = {key: choice.spec for key, choice in plan.chosen.items()}
+    cut = {
+        (index, stream): _cut(study.factors[index, stream], spec, (0, index, number), True)
+        for number, stream in enumerate(("k", "v"))
+        for index, spec in ((i, specs[i, stream]) for i in plan.attentions)
+    }
+    ids = ids_of(1, 64, seed=9)
+    student = Student(model, cut, specs, "auto")
+    with torch.no_grad():
+        predicted = model(ids).logits
+        student.active = False
+        before = model(ids).logits
+        student.remove()
+        assert torch.equal(model(ids).logits, before)
+        plan.install(model)
+        after = model(ids).logits
+    assert (predicted - after).norm() < 0.3 * (before - after).norm()
+
+
+def test_refining_leaves_the_model_and_the_given_factors_alone():
+    model, shown = make_model(), Shown(False)
+    model.lm_head.weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = state_of(model)
+    specs = {(i, s): (Slice(4, 16),) for i in range(3) for s in "kv"}
+    cut = {key: (torch.randn(1, 32, 16), torch.randn(1, 16, 64)) for key in specs}
+    copies = {key: (a.clone(), b.clone()) for key, (a, b) in cut.items()}
+    batches = list(CALIBRATION.split(1))
+    refined = refine(model, cut, specs, batches, 3, "auto", shown)
+    again = refine(model, cut, specs, batches, 3, "auto", shown)
+    assert_untouched(model, before)
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert not any(m._forward_hooks for m in model.modules())
+    for key, pair in cut.items():
+        for given, copy, new, same in zip(pair, copies[key], refined[key], again[key], strict=True):
+            assert torch.equal(given, copy)
+            assert torch.equal(new, same)
+            assert not new.requires_grad
+            assert 0 < (new - given).norm() < 0.1 * given.norm()
+    model.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="refine: expected a finite divergence, got nan"):
+        refine(model, cut, specs, batches, 3, "auto", shown)
+    assert not any(m._forward_hooks for m in model.modules())

@@ -69,6 +69,8 @@ def tell(
             bits=bits,
             rank_multiple=multiple,
             objective=objective,
+            # Minutes a variant, on a CPU: more than the rest of the demo.
+            refine=0,
             backend=backend,
         )
 

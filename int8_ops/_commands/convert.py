@@ -2,7 +2,7 @@
 
 Ranks and bits of every layer are chosen by what they cost on the calibration text. The folder
 loads with transformers' from_pretrained after `import int8_ops`; conversion.json in it says what
-was done, conversion.svg shows the ranks.
+was done, conversion.svg shows the ranks, conversion_bytes.svg perplexity against bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from pathlib import Path
 
 from .. import hf
 from . import CommandError, pick_backend
-from .common import add_device_arguments, load, pick_dtype, positive, ratio, read_text
+from .common import (
+    add_device_arguments,
+    load,
+    not_negative,
+    pick_dtype,
+    positive,
+    ratio,
+    read_text,
+)
 
 REPORT = "conversion.json"
 
@@ -72,6 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens a window (default: %(default)s)",
     )
+    parser.add_argument(
+        "--refine",
+        type=not_negative,
+        default=16,
+        metavar="STEPS",
+        help="of distillation after the factors are cut, a calibration window each (default: "
+        "%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--backend", default="auto", help="of the converted layers (default: %(default)s)"
@@ -98,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             objective=args.objective,
             sequence_length=args.window_length,
             windows=args.windows,
+            refine=args.refine,
             seed=args.seed,
             backend=args.backend,
         )

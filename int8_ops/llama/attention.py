@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import backends
 from ..quantizer import INT8Quantizer, Quantizer, StraightThrough
 from .packing import Stored, dequantize_slice, integers_of, quantize_stream
+from .rounding import round_with_feedback
 from .spec import LayerSpec, Slice, StreamSpec, stream_rank
 
 __all__ = ["LatentAttention", "LatentProjection", "attend"]
@@ -81,13 +82,20 @@ class LatentSlice(nn.Module):
         return f"bits={self.part.bits}, rank={self.part.rank}"
 
     @torch.no_grad()
-    def set_matrix(self, matrix: Tensor, head_dim: int | None) -> None:
-        """Take A, floating ``[G, out, rank]``; with ``head_dim``, RoPE pairs share a scale."""
+    def set_matrix(
+        self, matrix: Tensor, head_dim: int | None, moment: Tensor | None = None
+    ) -> None:
+        """Take A, floating ``[G, out, rank]``; with ``head_dim``, RoPE pairs share a scale.
+
+        With the latents' second moment ``[G, rank, rank]``, roundings make up for each other.
+        """
         if self.floats:
             self.weight.copy_(matrix)
             return
         for group, rows in enumerate(matrix.float()):
             q, scale = quantize_pairs(rows, head_dim) if head_dim else _per_channel(rows)
+            if moment is not None:
+                q = round_with_feedback(rows, scale, moment[group])
             self.A_int8[group].copy_(q)
             self.A_scale[group].copy_(scale)
 
@@ -177,11 +185,17 @@ class LatentProjection(nn.Module):
         )
 
     @torch.no_grad()
-    def set_factors(self, b: Tensor, a: Tensor, bias: Tensor | None) -> None:
-        """Take B ``[G, rank, in]``, A ``[G, out, rank]``, and the bias of the projection."""
+    def set_factors(
+        self, b: Tensor, a: Tensor, bias: Tensor | None, moments: Sequence[Tensor] | None = None
+    ) -> None:
+        """Take B ``[G, rank, in]``, A ``[G, out, rank]``, and the bias of the projection.
+
+        ``moments``: of each slice's latents, ``[G, rank, rank]``, to round A by.
+        """
         self.BLinear.weight.copy_(b.flatten(0, 1))
-        for piece, columns in zip(self.pieces(), self._split(a), strict=True):
-            piece.set_matrix(columns, self.head_dim if self.pairs else None)
+        for i, (piece, columns) in enumerate(zip(self.pieces(), self._split(a), strict=True)):
+            moment = None if moments is None else moments[i]
+            piece.set_matrix(columns, self.head_dim if self.pairs else None, moment)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 

@@ -39,8 +39,8 @@ __all__ = ["Costs", "Factors", "Moments", "factorize", "measure_costs", "measure
 
 # Added to a moment, relative to its mean diagonal: directions that the calibration never took count
 # this much. Lower fits the calibration closer and other text worse: on SmolLM2 at 0.16 of the
-# bytes, 32 windows, 0.01 lost 2.98 % on held-out text, 0.03 2.80 %, 0.1 3.31 % (one run each; the
-# rotations' seed alone scatters by some 0.3).
+# bytes, 32 windows, 0.01 lost 2.98 % on held-out text, 0.03 2.80 %, 0.1 3.31 % (one run each, not
+# refined; the rotations' seed alone scatters by some 0.3).
 DAMPING = 3e-2
 # Above this many bytes of activations in a backward pass, layers are run twice instead.
 CHECKPOINT_BYTES = 8 << 30
@@ -149,8 +149,14 @@ def _activation_bytes(model: Any, tokens: int) -> int:
     return int(tokens * config.num_hidden_layers * a_token * size)
 
 
+def recomputed(model: Any, batches: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Activations of these batches are recomputed in backward passes if they are too many."""
+    tokens = max(batch.numel() for batch in batches)
+    return _checkpointed(model, _activation_bytes(model, tokens) > CHECKPOINT_BYTES)
+
+
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradient for any weight, gradients from the embeddings on."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = model.training
@@ -200,11 +206,10 @@ def _run(
         for stream in ("k", "v"):
             projection = getattr(attention, f"{stream}_proj")
             handles.append(projection.register_forward_hook(watch((index, stream))))
-    tokens = max(batch.numel() for batch in batches)
-    checkpoint = gradients and _activation_bytes(model, tokens) > CHECKPOINT_BYTES
+    again = recomputed(model, batches) if gradients else contextlib.nullcontext()
     device = model.get_input_embeddings().weight.device
     try:
-        with _frozen(model), _checkpointed(model, checkpoint), torch.set_grad_enabled(gradients):
+        with frozen(model), again, torch.set_grad_enabled(gradients):
             for batch in progress(batches, what):
                 ids = batch.to(device)
                 if not gradients:

@@ -37,6 +37,8 @@ class LatentConfig:
         sequence_length: tokens of a calibration window.
         windows: calibration windows, spread over the text; None: all that it has. More keep more:
             small ranks fit few windows too closely.
+        refine: steps by which the factors are refined on calibration windows, one a step
+            (``refine``); 0: as the statistics give them.
         seed: of the rotations.
         backend: of the converted modules, see ``int8_ops.backends``.
 
@@ -55,6 +57,7 @@ class LatentConfig:
     rotate: bool = True
     sequence_length: int = 1024
     windows: int | None = 32
+    refine: int = 16
     seed: int = 0
     backend: str = "auto"
 
@@ -89,6 +92,7 @@ class LatentConfig:
             ("rank_multiple", 1),
             ("sequence_length", 2),
             ("windows", 1),
+            ("refine", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:

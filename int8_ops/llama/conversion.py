@@ -28,6 +28,7 @@ from .calibrate import (
 from .checkpoint import LatentQuantizationConfig, mark_converted
 from .config import LatentConfig
 from .families import attention_class, attentions, check_model, decoder_layers
+from .refine import Cut, refine
 from .report import ConversionReport, LayerReport, stream_report
 from .runtime import install
 from .spec import LayerSpec, Slice, StreamSpec
@@ -37,6 +38,8 @@ __all__ = ["convert"]
 # Tokens that are scored before and after, and of those, for each layer on its own.
 MEASURED_TOKENS = 2048
 OWN_TOKENS = 256
+# Budgets whose predicted losses the report plots, relative to 16 bits.
+CURVE = (0.12, 0.14, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 
 def convert(
@@ -158,8 +161,22 @@ def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock:
         LayerSpec(chosen[index, "k"].spec, chosen[index, "v"].spec, study.groups, config.flow)
         for index in range(len(decoder_layers(model)))
     ]
+    cut = {
+        (index, stream): _cut(
+            study.factors[index, stream],
+            chosen[index, stream].spec,
+            (config.seed, index, number),
+            config.rotate,
+        )
+        for index, _ in attentions(model)
+        for number, stream in enumerate(("k", "v"))
+    }
+    if config.refine and study.batches:
+        stored = {key: choice.spec for key, choice in chosen.items()}
+        cut = refine(model, cut, stored, study.batches, config.refine, config.backend, shown)
+        clock.lap("refining")
     made = {
-        index: _convert_layer(model, attention, specs[index], study.factors, config)
+        index: _convert_layer(model, attention, specs[index], study.factors, cut, config)
         for index, attention in shown(list(attentions(model)), "converting")
     }
     clock.lap("converting")
@@ -294,7 +311,7 @@ def _choose(model: Any, study: Study, config: LatentConfig) -> dict[Key, Choice]
     bits, costs, groups = config.allowed_bits(), study.costs, study.groups
     if config.ranks is not None:
         return {key: _given(found, bits[0], config.ranks, key) for key, found in costs.items()}
-    choices = {key: choices_of(found, bits, groups) for key, found in costs.items()}
+    choices = _choices(study, config)
     if config.mean_rank is not None:
         most = groups * study.full_rank
         if config.mean_rank > most:
@@ -306,6 +323,25 @@ def _choose(model: Any, study: Study, config: LatentConfig) -> dict[Key, Choice]
         assert config.kv_ratio is not None
         budget = config.kv_ratio * bytes_in_16_bits(model)
     return allocate(choices, budget)
+
+
+def _choices(study: Study, config: LatentConfig) -> dict[Key, list[Choice]]:
+    bits, groups = config.allowed_bits(), study.groups
+    return {key: choices_of(found, bits, groups) for key, found in study.costs.items()}
+
+
+def _curve(model: Any, study: Study, config: LatentConfig) -> list[tuple[int, float]]:
+    """Bytes a token and predicted loss at the budgets of ``CURVE`` that this model can have."""
+    from .cache import POSITION_BYTES
+
+    choices, whole = _choices(study, config), bytes_in_16_bits(model)
+    least = sum(found[0].bytes for found in choices.values())
+    curve = []
+    for budget in (ratio * whole for ratio in CURVE if ratio * whole >= least):
+        chosen = allocate(choices, budget).values()
+        size = sum(choice.bytes for choice in chosen) + POSITION_BYTES
+        curve.append((size, sum(choice.cost for choice in chosen)))
+    return curve
 
 
 def _given(costs: Costs, bits: int, ranks: Sequence[tuple[int, int]], key: Key) -> Choice:
@@ -336,15 +372,21 @@ def _convert_layer(
     attention: Any,
     spec: LayerSpec,
     factors: dict[Key, Factors],
+    cut: Cut,
     config: LatentConfig,
 ) -> LatentAttention:
     """A converted attention beside the original, which is left as it is."""
     new = attention_class(attention)(attention, spec, model.model.rotary_emb, config.backend)
     for number, (stream, parts) in enumerate((("k", spec.k), ("v", spec.v))):
-        found = factors[attention.layer_idx, stream]
-        a, b = _cut(found, parts, (config.seed, attention.layer_idx, number), config.rotate)
+        a, b = cut[attention.layer_idx, stream]
+        moments = _latent_moments(
+            factors[attention.layer_idx, stream],
+            parts,
+            (config.seed, attention.layer_idx, number),
+            config.rotate,
+        )
         projection: Any = getattr(new, f"{stream}_proj")
-        projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias)
+        projection.set_factors(b, a, getattr(attention, f"{stream}_proj").bias, moments)
     new.k_proj.requires_grad_(False)
     new.v_proj.requires_grad_(False)
     return new
@@ -358,18 +400,45 @@ def _cut(
     a_all, b_all = factors.a.double(), factors.b.double()
     # The latent's unit is free: share the weight's size evenly, for dtypes of a small range.
     unit = (a_all.norm() / b_all.norm()).sqrt()
-    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1] * 2 + seed[2])
-    for part in spec:
+    for part, turn in zip(spec, _turns(factors, spec, seed, rotate), strict=True):
         a = a_all[..., start : start + part.rank] / unit
         b = b_all[:, start : start + part.rank] * unit
         start += part.rank
-        if rotate and part.bits < 16:
-            turn = torch.stack([_rotation(part.rank, generator) for _ in range(len(a))])
-            turn = turn.to(a.device)
-            a, b = a @ turn, turn.transpose(1, 2) @ b
-        a_parts.append(a)
-        b_parts.append(b)
+        a_parts.append(a @ turn)
+        b_parts.append(turn.transpose(1, 2) @ b)
     return torch.cat(a_parts, dim=2), torch.cat(b_parts, dim=1)
+
+
+def _turns(
+    factors: Factors, spec: StreamSpec, seed: tuple[int, int, int], rotate: bool
+) -> list[Tensor]:
+    """The rotation of each slice, float64 ``[G, rank, rank]``."""
+    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1] * 2 + seed[2])
+    groups, device = len(factors.a), factors.a.device
+    turns = []
+    for part in spec:
+        if rotate and part.bits < 16:
+            turn = torch.stack([_rotation(part.rank, generator) for _ in range(groups)])
+        else:
+            turn = torch.eye(part.rank, dtype=torch.float64).expand(groups, -1, -1)
+        turns.append(turn.to(device))
+    return turns
+
+
+def _latent_moments(
+    factors: Factors, spec: StreamSpec, seed: tuple[int, int, int], rotate: bool
+) -> list[Tensor]:
+    """Of each slice's latents as ``_cut`` turns them, ``[G, rank, rank]``, up to a factor.
+
+    Before the turn it is the spectrum: each factor took its root, in metrics that make the other
+    root orthogonal.
+    """
+    moments, start = [], 0
+    for part, turn in zip(spec, _turns(factors, spec, seed, rotate), strict=True):
+        energy = factors.spectrum[:, start : start + part.rank].double()
+        start += part.rank
+        moments.append(turn.transpose(1, 2) @ (energy[..., None] * turn))
+    return moments
 
 
 def _rotation(n: int, generator: torch.Generator) -> Tensor:
@@ -476,6 +545,7 @@ def _report(
         calibration_tokens=sum(ids.numel() for ids in study.batches),
         seconds=clock.laps,
         config=config.to_dict(),
+        curve=_curve(model, study, config) if fisher else [],
     )
 
 

@@ -66,6 +66,8 @@ class ConversionReport:
         calibration_tokens: how many tokens the statistics are over.
         seconds: that the conversion took, by step.
         config: the ``LatentConfig``.
+        curve: bytes a token and predicted loss at other budgets; empty where the objective has
+            none.
     """
 
     layers: list[LayerReport]
@@ -78,6 +80,7 @@ class ConversionReport:
     calibration_tokens: int
     seconds: dict[str, float]
     config: dict[str, Any] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def kv_ratio(self) -> float:
@@ -89,10 +92,15 @@ class ConversionReport:
         return {**dataclasses.asdict(self), "kv_ratio": self.kv_ratio}
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` as JSON, and beside it a plot of the ranks, ``.svg``."""
+        """Write ``path`` as JSON, and plots beside it: ``NAME.svg`` of the ranks, and with
+        calibration ``NAME_bytes.svg``, of perplexity against bytes.
+        """
         path = Path(path)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         path.with_suffix(".svg").write_text(self.plot_ranks(), encoding="utf-8")
+        if self.loss_before is not None:
+            beside = path.with_name(f"{path.stem}_bytes.svg")
+            beside.write_text(self.plot_perplexity(), encoding="utf-8")
 
     def plot_ranks(self) -> str:
         """Ranks by layer, as SVG."""
@@ -101,6 +109,26 @@ class ConversionReport:
             for name, s in (("keys", "k"), ("values", "v"))
         }
         return plot_lines(series, "Rank of each layer's latents", "layer", "rank")
+
+    def plot_perplexity(self) -> str:
+        """Perplexity on calibration text against bytes, as SVG: measured, and as predicted.
+
+        Raises ValueError where there was no calibration to measure it on.
+        """
+        if self.loss_before is None or self.loss_after is None:
+            raise ValueError("plot_perplexity: expected a conversion with calibration text")
+        whole, before = self.bytes_per_token_before, self.loss_before
+        series = {
+            "predicted": [(size / whole, math.exp(before + loss)) for size, loss in self.curve],
+            "unconverted": [(1.0, math.exp(before))],
+            "converted": [(self.kv_ratio, math.exp(self.loss_after))],
+        }
+        return plot_lines(
+            {name: points for name, points in series.items() if points},
+            "Perplexity through the KV cache, on calibration text",
+            "bytes a token, relative to 16 bits",
+            "perplexity",
+        )
 
     def __str__(self) -> str:
         """A table, a line a layer, and the totals."""
