@@ -92,7 +92,7 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 64, 4096): "stationary cluster 2",
         (32768, 128, 4096): "stationary cluster 2",
         (32768, 192, 4096): "stationary cluster 4",
-        (32768, 384, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 384, 4096): "stationary cluster 1 after quantize",
         (32768, 768, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 1536, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 2048, 4096): "stream 128x256x128 cluster 2x1 after quantize",

@@ -447,9 +447,8 @@ PLANS = {
     **{f"resident:{t}:3": (300, 528, 1024) for _, t in RESIDENT},
     **{f"stream:{t}:1": (1000, 528, 1024) for _, t in STREAM},
     **{f"stream:{t}:1:pass": (1000, 528, 1024) for _, t in STREAM},
-    **{f"stationary:{t}:1": (9000, 1040, 128) for _, t in STATIONARY},
-    **{f"stationary:{t}:1:pass": (1000, 1040, 512) for _, t in STATIONARY},
-    "stationary:2:1": (9000, 1040, 512),
+    **{f"stationary:{t}:1": (9000, 112 << t, 128 << t) for _, t in STATIONARY},
+    **{f"stationary:{t}:1:pass": (1000, 496, 512) for _, t in STATIONARY},
 }
 every_plan = pytest.mark.parametrize(("plan", "shape"), PLANS.items(), ids=list(PLANS))
 

@@ -128,7 +128,7 @@ double resident_cost(const GemmProblem& p, const DeviceFacts& device, const Resi
   const auto n_tiles = static_cast<double>(ceil_div(ceil_div(p.n, tile.block_n), parts));
   const auto k_blocks = static_cast<double>(ceil_div(p.k, ResidentTile::kBlockK));
   const auto k = static_cast<double>(p.k);
-  const double rows = p.x_bytes > 0 ? 7080 + 14.7 * k : 2460 + 0.73 * k;
+  const double rows = p.x_bytes > 0 ? 11000 + 14.7 * k : 4200 + 0.73 * k;
   const double read = static_cast<double>(p.m * p.k * std::max<int64_t>(p.x_bytes, 1) + p.n * p.k);
   const bool starved = tile.shared(p.k, 1, device.shared_bytes_per_block).stages < kFewStages;
   const double k_block = starved ? kStarvedCycles : kKBlockCycles;
@@ -138,9 +138,10 @@ double resident_cost(const GemmProblem& p, const DeviceFacts& device, const Resi
 
 double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
                        const StationaryTile& tile) {
-  constexpr double kStartCycles = 2040;
-  constexpr double kClusterCycles = 700;  // meeting, a block
-  constexpr double kReread = 0.25;
+  constexpr double kStartCycles = 400;
+  constexpr double kSlabBytesPerCycle = 9000;
+  constexpr double kClusterCycles = 1000;  // meeting, a block
+  constexpr double kReread = 0.3;
   constexpr double kTileCycles = 630;  // of columns
   constexpr double kKBlockCycles = 765;
   constexpr double kLateCycles = 1420;  // the first rows of x
@@ -149,9 +150,10 @@ double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
   constexpr double kUnscattered = 0.9;  // x is read in order
   // Clusters of four leave some multiprocessors idle.
   const int64_t clusters = (device.sm_count - (tile.cluster > 2 ? 4 : 0)) / tile.cluster;
-  const auto turns =
-      static_cast<double>(ceil_div(ceil_div(p.m, StationaryTile::kBlockM),
-                                   std::max<int64_t>(1, clusters / tile.parts(p.n, p.k))));
+  const int64_t parts = tile.parts(p.n, p.k);
+  const int64_t m_tiles = ceil_div(p.m, StationaryTile::kBlockM);
+  const int64_t clusters_a_part = std::max<int64_t>(1, clusters / parts);
+  const auto turns = static_cast<double>(ceil_div(m_tiles, clusters_a_part));
   const auto k_blocks = static_cast<double>(StationaryTile::k_blocks(p.k));
   const auto n_tiles = static_cast<double>(tile.n_tiles(p.n, p.k));
   const double multiplying = n_tiles * (kTileCycles + kKBlockCycles * k_blocks);
@@ -159,9 +161,12 @@ double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
   const double quantizing = p.x_bytes > 0 ? kShareCycles + kValueCycles * values : 0;
   double read = static_cast<double>(p.m * p.k * std::max<int64_t>(p.x_bytes, 1) + p.n * p.k);
   // Every part reads x; most of that comes from L2.
-  const int64_t again = tile.parts(p.n, p.k) - 1;
-  read += kReread * static_cast<double>(again * p.m * p.k * p.x_bytes);
-  return kSm90LaunchCycles + kStartCycles + kClusterCycles * tile.cluster +
+  read += kReread * static_cast<double>((parts - 1) * p.m * p.k * p.x_bytes);
+  // All blocks at once fetch their slabs from L2, half of that beside the first rows.
+  const int64_t blocks = std::min(clusters_a_part, m_tiles) * parts * tile.cluster;
+  const double slabs = static_cast<double>(blocks) * n_tiles * k_blocks *
+                       (StationaryTile::kBlockN * StationaryTile::kBlockK) / kSlabBytesPerCycle;
+  return kSm90LaunchCycles + kStartCycles + kClusterCycles * tile.cluster + slabs +
          (p.x_bytes > 0 ? kLateCycles : 0) +
          std::max(turns * std::max(multiplying, quantizing), kUnscattered * device_cycles(read, p));
 }
