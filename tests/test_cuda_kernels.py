@@ -464,8 +464,15 @@ def test_quantize_rows(cols: int, dtype: torch.dtype, cuda: torch.device) -> Non
         equal(("per channel", cols, dtype), got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("exponent", [-20, -9, 0, 5])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [
+        *((torch.float16, exponent) for exponent in (-20, -9, 0, 5)),
+        # The last usable amax, amax that is scaled up before it is divided, the largest.
+        *((torch.bfloat16, exponent) for exponent in (-118, -61, -59, 0, 5, 128)),
+    ],
+    ids=str,
+)
 def test_every_quotient_of_16_bit_rows(
     dtype: torch.dtype, exponent: int, cuda: torch.device
 ) -> None:
@@ -477,7 +484,9 @@ def test_every_quotient_of_16_bit_rows(
     significands = torch.arange(ones // 2, ones, device=cuda, dtype=torch.float32)
     scales = 2.0 ** torch.arange(0, -9, -1, device=cuda, dtype=torch.float32)
     x = (significands[None] * scales[:, None]).flatten().expand(len(significands), -1)
-    x = torch.where(x <= significands[:, None], x, significands[:, None]) / ones * 2.0**exponent
+    x = torch.where(x <= significands[:, None], x, significands[:, None]) * 2.0 ** (
+        exponent - ones.bit_length() + 1
+    )
     # Signs in turn, so that both sides of every tie are met.
     signs = 1 - 2 * (torch.arange(x.shape[1], device=cuda) % 2)
     for sign in (1, -1):

@@ -138,9 +138,11 @@ def hard_rows(m: int, k: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
 def tie_rows(m: int, k: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
     """Integers or halves with a largest value that makes quotients end in exactly a half."""
     device = g.device
-    largest = torch.tensor([254.0, 160.0, 127.0, 63.5, 508.0, 2.0**-9 * 127], device=device)
-    step = torch.tensor([1.0, 1.0, 0.5, 0.25, 2.0, 2.0**-10], device=device)
-    kind = torch.arange(m, device=device).remainder(6)[:, None]
+    # The last three: 127 times 3, 7 and 15, which float16 rows are divided for.
+    largest = [254.0, 160.0, 127.0, 63.5, 508.0, 2.0**-9 * 127, 381.0, 889.0, 1905.0]
+    step = [1.0, 1.0, 0.5, 0.25, 2.0, 2.0**-10, 0.5, 0.5, 1.0]
+    largest, step = (torch.tensor(values, device=device) for values in (largest, step))
+    kind = torch.arange(m, device=device).remainder(len(largest))[:, None]
     count = (largest / step)[kind]
     signed = torch.rand((m, k), generator=g, device=device) * 2 - 1
     x = (signed * count).round() * step[kind]

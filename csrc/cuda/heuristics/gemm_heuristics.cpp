@@ -136,6 +136,11 @@ double resident_cost(const GemmProblem& p, const DeviceFacts& device, const Resi
   return kSm90LaunchCycles + std::max(turns * (rows + n_tiles * step), device_cycles(read, p));
 }
 
+// At once. Clusters of four leave some multiprocessors idle.
+int64_t stationary_clusters(const StationaryTile& tile, const DeviceFacts& device) {
+  return (device.sm_count - (tile.cluster > 2 ? 4 : 0)) / tile.cluster;
+}
+
 double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
                        const StationaryTile& tile) {
   constexpr double kStartCycles = 400;
@@ -148,8 +153,7 @@ double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
   constexpr double kShareCycles = 700;  // of a block, of a tile of rows
   constexpr double kValueCycles = 0.53;
   constexpr double kUnscattered = 0.9;  // x is read in order
-  // Clusters of four leave some multiprocessors idle.
-  const int64_t clusters = (device.sm_count - (tile.cluster > 2 ? 4 : 0)) / tile.cluster;
+  const int64_t clusters = stationary_clusters(tile, device);
   const int64_t parts = tile.parts(p.n, p.k);
   const int64_t m_tiles = ceil_div(p.m, StationaryTile::kBlockM);
   const int64_t clusters_a_part = std::max<int64_t>(1, clusters / parts);
@@ -261,11 +265,13 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
       return "it takes K up to " + std::to_string(StationaryTile::kMaxK);
     }
     if (problem.x_bytes > 2) return "it quantizes rows of 16-bit values alone";
+    // Rows of the next tile are named before it is known whether there is one.
+    if (problem.m > int64_t{1} << 30) return "it takes M up to 2^30";
     if (problem.x_bytes > 0 && !slabs.can_quantize(problem.k)) {
       return "its clusters of " + std::to_string(slabs.cluster) + " quantize K up to " +
              std::to_string(slabs.cluster * StationaryTile::kBlockK);
     }
-    if (slabs.parts(problem.n, problem.k) > device.sm_count / slabs.cluster) {
+    if (slabs.parts(problem.n, problem.k) > stationary_clusters(slabs, device)) {
       return "it needs room for all of w at once";
     }
     if (slabs.shared(problem.n, problem.k, device.shared_bytes_per_block).stages == 0) {

@@ -91,17 +91,16 @@ struct ResidentKernel {
     }
   }
 
-  // `slot`: the factors' place, with the tile's last K-block; else null.
+  // With the tile's last K-block come its factors, to `slot`.
   __device__ __forceinline__ void load_stage(const RingPlace& at, int32_t k_block, int32_t n_tile,
-                                             const RingPlace* slot) const {
+                                             const RingPlace& slot, bool last) const {
     ring.wait_empty(at);
-    if (slot != nullptr) slots.wait_empty(*slot);
+    if (last) slots.wait_empty(slot);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = n_tile * kBlockN;
     const FactorLoader<false, kBlockN> loader(args, n_first, 0);
-    ptx::mbarrier_arrive_expect_tx(full,
-                                   kTile.stage_bytes() + (slot == nullptr ? 0 : loader.bytes()));
-    if (slot != nullptr) loader.load(factors[slot->stage], full);
+    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (last ? loader.bytes() : 0));
+    if (last) loader.load(factors[slot.stage], full);
     ptx::tma_load_2d(ptx::shared_address(stages) + at.stage * kTile.stage_bytes(), &args.w_map,
                      full, k_block * kBlockK, n_first);
   }
@@ -121,7 +120,7 @@ struct ResidentKernel {
       }
       for (int32_t n_tile = work.n_begin; n_tile < work.n_end; ++n_tile) {
         for (int32_t b = 0; b < args.k_blocks; ++b) {
-          load_stage(at, b, n_tile, b + 1 == args.k_blocks ? &slot : nullptr);
+          load_stage(at, b, n_tile, slot, b + 1 == args.k_blocks);
           at.next(args.stages);
         }
         slot.next(args.factor_slots);

@@ -78,19 +78,18 @@ struct StreamKernel {
             in_group / group_rows * kClusterN + static_cast<int32_t>(n_rank)};
   }
 
-  // `slot`: the factors' place, with the tile's last K-block; else null.
+  // With the tile's last K-block come its factors, to `slot`.
   __device__ __forceinline__ void load_stage(const RingPlace& at, const Work& work, int32_t k_block,
-                                             const RingPlace* slot) const {
+                                             const RingPlace& slot, bool last) const {
     constexpr int kAShare = kBlockM / kClusterN;
     constexpr int kWShare = kBlockN / kClusterM;
     ring.wait_empty(at);
-    if (slot != nullptr) slots.wait_empty(*slot);
+    if (last) slots.wait_empty(slot);
     const uint32_t full = ring.full_at(at);
     const int32_t n_first = work.n_tile * kBlockN;
     const FactorLoader<kQuantizes, kBlockN> loader(args, n_first, work.m_tile * kBlockM);
-    ptx::mbarrier_arrive_expect_tx(full,
-                                   kTile.stage_bytes() + (slot == nullptr ? 0 : loader.bytes()));
-    if (slot != nullptr) loader.load(factors[slot->stage], full);
+    ptx::mbarrier_arrive_expect_tx(full, kTile.stage_bytes() + (last ? loader.bytes() : 0));
+    if (last) loader.load(factors[slot.stage], full);
     const uint32_t to = ptx::shared_address(stages) + at.stage * kTile.stage_bytes();
     const uint32_t to_a = to + n_rank * (kAShare * kBlockK);
     const uint32_t to_w = to + kABytes + m_rank * (kWShare * kBlockK);
@@ -123,7 +122,7 @@ struct StreamKernel {
       const Work work = work_at(index);
       if constexpr (kQuantizes) wait_for_rows(args, work.m_tile * kBlockM);
       for (int32_t b = 0; b < args.k_blocks; ++b) {
-        load_stage(at, work, b, b + 1 == args.k_blocks ? &slot : nullptr);
+        load_stage(at, work, b, slot, b + 1 == args.k_blocks);
         at.next(args.stages);
       }
       slot.next(args.factor_slots);
