@@ -73,7 +73,9 @@ def main() -> int:
     if args.json.exists():
         record.data = json.loads(args.json.read_text())
     record.data.setdefault("rows", [])
+    before = record.data.get("facts", {})
     record.data["facts"] = {
+        **before,
         **facts.software_facts(),
         **facts.cpu_facts(),
         "transformers": transformers.__version__,
@@ -82,6 +84,12 @@ def main() -> int:
         "calibration": args.calibration.name,
         "bytes_in_16_bits": bytes_in_16_bits(model),
     }
+    for key in ("model", "text", "calibration"):
+        if before.get(key, record.data["facts"][key]) != record.data["facts"][key]:
+            raise SystemExit(
+                f"{args.json} was measured with {key} {before[key]}, got "
+                f"{record.data['facts'][key]}: name another --json"
+            )
     rows: list[dict[str, Any]] = record.data["rows"]
     # Of each row, for a record may be made in several runs.
     commit = record.data["facts"].pop("commit")
@@ -95,8 +103,9 @@ def main() -> int:
         }
         more = {"seconds_scoring": round(time.perf_counter() - began), "commit": commit, **more}
         rows.append({**name, "perplexity": found, **more})
+        line = json.dumps(told(rows[-1], rows))
         record.save()
-        print(json.dumps(told(rows[-1], rows)), flush=True)
+        print(line, flush=True)
 
     for label, make_cache in caches_of(model, (*QUANTIZED, *MORE)):
         name: dict[str, Any] = {"cache": label}

@@ -38,8 +38,16 @@ def cache_position(model: type[nn.Module]) -> int:
 
 
 def passed(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands ``cache`` to ``model``."""
-    return {cache_argument(type(model)): cache}
+    """The keyword argument that hands ``cache`` to ``model``; none for None.
+
+    A wrapper is asked for what it wraps: ``torch.compile``'s, and adapters' ``get_base_model()``.
+    """
+    if cache is None:
+        return {}
+    inner: Any = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return {cache_argument(type(inner)): cache}
 
 
 def cache_of(output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Loading a causal language model with transformers (4.56 to 5.24), and measuring it.
+"""Loading a causal language model with transformers (4.56 or newer), and measuring it.
 
 transformers, gguf and accelerate are optional: importing this module needs none of them, and
 what is missing is named by the ``MissingExtra`` that the first use raises.

@@ -11,7 +11,7 @@ import torch
 from llama_cases import ids_of, make_converted, make_model, through_cache, transformers
 
 from int8_ops._cache_names import cache_argument, cache_of, cache_position, passed
-from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache
+from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +92,31 @@ def test_an_assistant_changes_nothing(model):
     assistant = make_converted(num_hidden_layers=1)
     expected = model.generate(ids, **OPTIONS)
     assert torch.equal(model.generate(ids, **OPTIONS, assistant_model=assistant), expected)
+
+
+class Adapted(torch.nn.Module):
+    """As adapters wrap a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self):
+        return self.model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Adapted, lambda model: torch.compile(model, backend="eager")],
+    ids=["adapter", "compiled"],
+)
+def test_a_wrapped_model_is_scored_as_it_is(model, wrap):
+    windows = list(ids_of(2, 24))
+    plain = score(model, windows, chunk=8)
+    assert score(wrap(model), windows, chunk=8).nll == pytest.approx(plain.nll, rel=1e-6)
 
 
 def test_a_cache_of_another_kind_is_refused_with_the_reason(model):

@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     found: list[Scored] = []
     base: float | None = None
     models = [args.original, *args.model] if args.original else args.model
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        raise CommandError(f"--plot: expected an existing folder, got {args.plot.parent}")
     for name in models:
         loaded = load(name, device, dtype)
         ids = loaded.encode(text).to(device)

@@ -1,4 +1,4 @@
-"""Llama-family models with a KV cache of integer latents. Needs transformers 4.56 to 5.24.
+"""Llama-family models with a KV cache of integer latents. Needs transformers 4.56 or newer.
 
 >>> import int8_ops
 >>> report = int8_ops.llama.convert(model, [text], tokenizer=tokenizer)
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").partition(".")[0] != "transformers":
             raise
         raise ImportError(
-            f"int8_ops.llama.{name} needs transformers 4.56 to 5.24, which is not installed: "
+            f"int8_ops.llama.{name} needs transformers 4.56 or newer, which is not installed: "
             'pip install --no-build-isolation ".[llama]" in the source tree'
         ) from error
 

@@ -4,7 +4,7 @@ Per layer, stream (keys or values) and slice: ``q`` int8 ``[B, G, S, width]`` (4
 ``packing``) and ``scale`` float32 ``[B, G, S]``, quantized once, when the tokens arrive. Cached
 keys are not rotated, so one int32 position a token is kept for all layers together.
 
-Both are transformers ``Cache`` objects (4.56 to 5.24), made by ``generate()`` and by the model
+Both are ``Cache`` objects of transformers (4.56 or newer), made by ``generate()`` and by the model
 itself where no cache is given; a cache belongs to the model it was made for.
 """
 

@@ -49,8 +49,8 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(high >= -low, high, low) / SPAN
     flat = scale.abs() < torch.finfo(torch.float32).tiny
     finite = torch.isfinite(high) & torch.isfinite(low)
-    # A flat row rounds to zeros by itself: no element exceeds 8 of a subnormal scale. What integers
-    # the quotients of a row with a NaN or an Inf become is left open, and overwritten.
+    # A flat row rounds to zeros by itself: no element exceeds 8.5 of a subnormal scale. What
+    # integers the quotients of a row with a NaN or an Inf become is left open, and overwritten.
     scale = torch.where(flat, 1.0, scale)
     q = (x / scale).round_().clamp_(LOW, HIGH)
     q = q.to(torch.int8).masked_fill_(~finite, 0)

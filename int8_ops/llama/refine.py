@@ -12,6 +12,7 @@ what the factors rebuild, and let them pass for the teacher. No weight of the mo
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ def refine(
         progress: wraps the batches, given what is being done.
 
     Raises:
-        ValueError: a divergence that is not finite.
+        ValueError: a divergence, or a gradient, that is not finite.
     """
     count = len(batches)
     picked = [batches[i * count // steps if steps <= count else i % count] for i in range(steps)]
@@ -89,6 +90,7 @@ def refine(
                 if divergences[0] < LEAST_DIVERGENCE:
                     break
                 divergence.backward()
+                _require_finite(parameters, step)
                 rate = LEARNING_RATE * statistics.fmean(divergences) ** 0.5
                 rate *= min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
                 for group, size in zip(optimizer.param_groups, sizes, strict=True):
@@ -97,6 +99,16 @@ def refine(
     finally:
         student.remove()
     return {key: (a.detach(), b.detach()) for key, (a, b) in trained.items()}
+
+
+def _require_finite(parameters: list[Tensor], step: int) -> None:
+    """Before a step is taken: after the last one nothing would look again."""
+    total = sum(float(t.grad.square().sum()) for t in parameters if t.grad is not None)
+    if not math.isfinite(total):
+        raise ValueError(
+            f"refine: expected finite gradients, got others at step {step}: the model's dtype may "
+            "overflow; convert it in bfloat16 or float32, or with refine=0"
+        )
 
 
 class Student:

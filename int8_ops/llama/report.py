@@ -119,7 +119,12 @@ class ConversionReport:
             raise ValueError("plot_perplexity: expected a conversion with calibration text")
         whole, before = self.bytes_per_token_before, self.loss_before
         series = {
-            "predicted": [(size / whole, math.exp(before + loss)) for size, loss in self.curve],
+            # A loss that no plot could show: beyond what exp() takes.
+            "predicted": [
+                (size / whole, math.exp(before + loss))
+                for size, loss in self.curve
+                if before + loss < 50
+            ],
             "unconverted": [(1.0, math.exp(before))],
             "converted": [(self.kv_ratio, math.exp(self.loss_after))],
         }
