@@ -38,7 +38,7 @@ class LatentConfig:
         windows: calibration windows, spread over the text; None: all that it has. More keep more:
             small ranks fit few windows too closely.
         refine: steps by which the factors are refined on calibration windows, one a step
-            (``refine``); 0: as the statistics give them.
+            (``refine``); 0, and flow "seed": as the statistics give them.
         seed: of the rotations.
         backend: of the converted modules, see ``int8_ops.backends``.
 

@@ -171,7 +171,8 @@ def prepare(model: Any, study: Study, config: LatentConfig, shown: Shown, clock:
         for index, _ in attentions(model)
         for number, stream in enumerate(("k", "v"))
     }
-    if config.refine and study.batches:
+    # The seed's flow rounds elsewhere than refining does.
+    if config.refine and study.batches and config.flow == "integer":
         stored = {key: choice.spec for key, choice in chosen.items()}
         cut = refine(model, cut, stored, study.batches, config.refine, config.backend, shown)
         clock.lap("refining")
