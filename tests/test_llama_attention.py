@@ -213,7 +213,7 @@ def test_the_seed_flow_is_kept_to_compare_with():
     """Fake-quantized float latents, keys in floats, values through int8; close to the integers."""
     ids = ids_of(2, 40)
     ranks = [(24, 24)] * 3
-    seed = make_converted(config=LatentConfig(ranks=ranks, bits=16, flow="seed"))
+    seed = make_converted(config=LatentConfig(ranks=ranks, bits=16, flow="seed", refine=0))
     attention = seed.model.layers[0].self_attn
     assert not hasattr(attention.k_proj.slices[0], "A_int8")
     assert hasattr(attention.v_proj.slices[0], "A_int8")
@@ -223,8 +223,8 @@ def test_the_seed_flow_is_kept_to_compare_with():
     assert torch.allclose(latent, rounded, atol=1e-6)  # it is on the int8 grid already
     out = seed(ids)
     assert {t.dtype for layer in cache_of(out).layers for t in layer.tensors()} == {torch.float32}
-    integers = make_converted(config=LatentConfig(ranks=ranks, bits=8))
-    exact = make_converted(config=LatentConfig(ranks=ranks, bits=16))(ids).logits
+    integers = make_converted(config=LatentConfig(ranks=ranks, bits=8, refine=0))
+    exact = make_converted(config=LatentConfig(ranks=ranks, bits=16, refine=0))(ids).logits
     for got in (out.logits, integers(ids).logits):
         assert 0 < float((got - exact).norm() / exact.norm()) < 0.05
     assert_same(through_cache(seed, ids, 7), seed(ids, use_cache=False).logits)
