@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_llama import save_tiny_llama
 from torch import Tensor, nn
 
 import int8_ops
@@ -364,28 +365,10 @@ def test_windows_need_enough_text():
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory) -> Path:
     """A random Llama with grouped queries and a byte tokenizer, saved as transformers does."""
-    transformers = pytest.importorskip("transformers", minversion="4.56")
-    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers", minversion="4.56")
+    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tiny-llama")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = {symbol: index for index, symbol in enumerate(["<end>", *alphabet])}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=tokens, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<end>", clean_up_tokenization_spaces=False
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llama import save_tiny_llama
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 tokenizers = pytest.importorskip("tokenizers")
@@ -28,25 +29,7 @@ CPU = ["--device", "cpu", "--dtype", "float32"]
 def folders(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A tiny Llama with a byte tokenizer, the same converted, and a text."""
     root = tmp_path_factory.mktemp("commands")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = {symbol: index for index, symbol in enumerate(["<end>", *alphabet])}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=tokens, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<end>", clean_up_tokenization_spaces=False
-    ).save_pretrained(root / "original")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(root / "original")
+    save_tiny_llama(root / "original")
     text = root / "text.txt"
     text.write_text(TEXT)
     arguments = ["--kv-ratio", "0.4", "--rank-multiple", "2", "--calibration", str(text)]

@@ -60,6 +60,32 @@ def read_text(path: Path | None, option: str = "--text") -> tuple[str, str]:
     return "pydoc_data.topics", "\n".join(topics[key] for key in sorted(topics))
 
 
+def add_text_argument(parser: argparse.ArgumentParser) -> None:
+    """``--text``, for ``read_text``."""
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to score (default: the topics of Python's own help, pydoc_data.topics)",
+    )
+
+
+def add_window_arguments(
+    parser: argparse.ArgumentParser, windows: int, purpose: str, length: int
+) -> None:
+    """``--windows`` and ``--window-length``, with these defaults."""
+    parser.add_argument(
+        "--windows", type=positive, default=windows, help=f"{purpose} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--window-length",
+        type=positive,
+        default=length,
+        metavar="TOKENS",
+        help="tokens a window (default: %(default)s)",
+    )
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """``--device``, ``--dtype`` and ``--threads``."""
     parser.add_argument("--device", help="cpu or cuda[:index] (default: cuda where there is one)")

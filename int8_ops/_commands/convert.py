@@ -14,6 +14,7 @@ from .. import hf
 from . import CommandError, pick_backend
 from .common import (
     add_device_arguments,
+    add_window_arguments,
     load,
     not_negative,
     pick_dtype,
@@ -70,16 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text like that which the model will see (default: the topics of Python's own help, "
         "pydoc_data.topics)",
     )
-    parser.add_argument(
-        "--windows", type=positive, default=32, help="of calibration (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--window-length",
-        type=positive,
-        default=1024,
-        metavar="TOKENS",
-        help="tokens a window (default: %(default)s)",
-    )
+    add_window_arguments(parser, 32, "of calibration", 1024)
     parser.add_argument(
         "--refine",
         type=not_negative,

