@@ -481,8 +481,8 @@ def prefill(run: Run, original: Any) -> None:
             profile(run, f"prefill {name}", lambda model=model: once(model))
 
 
-def profile(run: Run, what: str, call: Callable[[], Any]) -> None:
-    """Print and record the kernels that take longest."""
+def profile(run: Run, what: str, call: Callable[[], Any]) -> float:
+    """Print and record the kernels that take longest; the milliseconds of all of them."""
     cuda = run.args.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
@@ -506,6 +506,7 @@ def profile(run: Run, what: str, call: Callable[[], Any]) -> None:
         {"ms": own_time(e) / 1e3, "count": e.count, "kernel": e.key} for e in events[:40]
     ]
     run.write()
+    return total / 1e3
 
 
 # -- decode ---------------------------------------------------------------------------------------
@@ -516,7 +517,7 @@ def decode(run: Run, original: Any) -> None:
     models = {"original": original}
     models.update((name, converted(run, original, name)) for name in run.args.specs)
     print("decode: histories are random latents, or keys and values, put into the caches directly")
-    for rows, tokens in run.args.points:
+    for rows, tokens in () if run.args.no_eager else run.args.points:
         for name, model in models.items():
             if run.begins("decode", f"{name}, eager, {rows} x {tokens}"):
                 guarded(run, "decode", f"{name}, eager, {rows} x {tokens}", eager_row)(
@@ -564,17 +565,20 @@ def eager_row(run: Run, model: Any, name: str, rows: int, tokens: int) -> None:
     for _ in range(3):
         decoder.step()
     ms = decoder.milliseconds(args.steps, args.rounds)
+    kernels_ms = None
     if args.profile:
-        profile(run, f"decode {name} eager {rows} x {tokens}", decoder.step)
+        kernels_ms = profile(run, f"decode {name} eager {rows} x {tokens}", decoder.step)
+    told = "" if kernels_ms is None else f", {kernels_ms:.3f} ms of it in kernels"
     run.row(
         "decode",
-        f"{rows} x {tokens:6}  {name:8} eager     {ms:9.3f} ms a step",
+        f"{rows} x {tokens:6}  {name:8} eager     {ms:9.3f} ms a step{told}",
         rows=rows,
         context=tokens,
         model=name,
         compiled=False,
         layers=model.config.num_hidden_layers,
         ms=ms,
+        kernels_ms=kernels_ms,
     )
 
 
@@ -883,6 +887,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compiled-layers", nargs="+", type=int, help="models that are compiled, by their layers")
     add("--compile-limit", type=float, default=120, help="seconds for one compilation")
     add("--no-compile", action="store_true", help="nothing compiled in decode")
+    add("--no-eager", action="store_true", help="nothing but compiled in decode")
     add("--rounds", type=int, help="of which the median is taken (default: 5, quick: 3)")
     add("--steps", type=int, help="decode steps a round (default: 8, quick: 4)")
     add("--quick", action="store_true", help="fewer rounds and steps")

@@ -52,6 +52,23 @@ def test_the_sections_run_and_are_recorded(bench, tmp_path, capsys):
     assert "s left] decode: mixed, eager, 2 x 64" in printed.err
 
 
+def test_a_profile_tells_what_kernels_take_of_an_eager_step(bench, tmp_path):
+    path = tmp_path / "record.json"
+    options = ["--section", "decode", "--specs", "int8", "--points", "1x64", "--no-compile"]
+    assert bench.main([*TINY, *options, "--profile", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    for row in record["sections"]["decode"]:
+        kernels = record["profiles"][f"decode {row['model']} eager 1 x 64"]
+        assert row["kernels_ms"] >= sum(kernel["ms"] for kernel in kernels) * (1 - 1e-9) > 0
+
+
+def test_eager_steps_can_be_left_out(bench, tmp_path):
+    path = tmp_path / "record.json"
+    options = ["--section", "decode", "--points", "1x64", "--no-eager", "--no-compile"]
+    assert bench.main([*TINY, *options, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["sections"] == {}
+
+
 def test_what_there_is_no_time_for_is_recorded(bench, tmp_path):
     path = tmp_path / "record.json"
     options = ["--time-budget", "0", "--section", "memory", "decode", "--points", "1x64"]
