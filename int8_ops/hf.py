@@ -71,9 +71,17 @@ class LoadedModel:
         return self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids up to the first end-of-sequence -> text."""
-        end = self.tokenizer.eos_token_id
-        return str(self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids))
+        """Token ids up to the first at which the model ends a text -> text."""
+        ends = self._end_tokens()
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return str(self.tokenizer.decode(ids[:stop]))
+
+    def _end_tokens(self) -> set[int]:
+        """The tokenizer's, and those of the model: of a GGUF, versions of the first are wrong."""
+        config: Any = getattr(self.model, "generation_config", None)
+        found = getattr(config, "eos_token_id", None)
+        ends = set(found) if isinstance(found, list | tuple) else {found}
+        return {token for token in ends | {self.tokenizer.eos_token_id} if token is not None}
 
 
 def _smollm2_gguf() -> Path:

@@ -470,6 +470,18 @@ def test_decode_stops_at_the_end_token(tiny_llama):
     assert loaded.decode(ids) == "yes"
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_decode_stops_where_the_model_ends_a_text(tiny_llama, several):
+    # transformers 5.17 reads another end token than the model's off SmolLM2's GGUF.
+    loaded = hf.load_causal_lm(str(tiny_llama), device=torch.device("cpu"), dtype=torch.float32)
+    ids, end = loaded.encode("yes").tolist(), loaded.encode("!").tolist()[0]
+    assert loaded.decode([*ids, end, *ids]) == "yes!yes"
+    loaded.model.generation_config.eos_token_id = [end, 10_000] if several else end
+    assert loaded.decode([*ids, end, *ids]) == "yes"
+    loaded.model.generation_config.eos_token_id = None
+    assert loaded.decode([*ids, loaded.tokenizer.eos_token_id, *ids]) == "yes"
+
+
 def test_demo_swaps_every_v_proj_and_puts_them_back(tiny_llama):
     loaded = hf.load_causal_lm(str(tiny_llama), device=torch.device("cpu"), dtype=torch.float32)
     layers = loaded.model.model.layers
