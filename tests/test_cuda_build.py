@@ -203,11 +203,13 @@ def test_every_hopper_tile_is_compiled(path: str, arch: str, compiled: dict) -> 
             assert registers[name] <= 32, name
 
 
+@pytest.mark.parametrize("k_blocks", [1, 2, 4, 8])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_stationary_kernel_is_compiled(arch: str, compiled: dict) -> None:
+def test_the_stationary_kernel_is_compiled(arch: str, k_blocks: int, compiled: dict) -> None:
     """For int8 and 16-bit rows and every result, whatever the cluster."""
-    registers = compiled["sm90/instantiations/stationary.cu", arch].kernels()
-    pattern = r"stationary_kernelILNS1_6SourceE(\d)ELNS_5DTypeE(\d)E"
+    source = f"sm90/instantiations/stationary_{k_blocks}.cu"
+    registers = compiled[source, arch].kernels()
+    pattern = rf"stationary_kernelILNS1_6SourceE(\d)ELNS_5DTypeE(\d)ELi{k_blocks}E"
     found = {tuple(map(int, re.search(pattern, name).groups())) for name in registers}
     assert found == {(source, out) for source, out in HOPPER_VARIANTS if source < 3}
     assert len(registers) == len(found)

@@ -29,7 +29,8 @@ NUM_TILES = {
     "stationary": len(BUILD.stationary_tiles()),
 }
 HOPPER = ("resident", "stream", "stationary")
-MAX_STATIONARY_K = BUILD.stationary_tiles()[0]["max_k"]
+STATIONARY_TILES = BUILD.stationary_tiles()
+MAX_STATIONARY_K = STATIONARY_TILES[0]["max_k"]
 MAX_RESIDENT_K = 1024
 MAX_SKINNY_ROWS = 256
 X_BYTES = (0, 2, 4)
@@ -50,13 +51,13 @@ GOLDEN_SHAPES = list(dict.fromkeys(tuple(shape) for shape in (*LLAMA, *SMALL_M, 
 # the cost model that changes one of these must be a measured one; --golden prints the table.
 GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
     2: {
-        (32768, 128, 1024): "stationary cluster 1",
+        (32768, 128, 1024): "stationary cluster 2",
         (32768, 256, 1024): "stationary cluster 2",
         (32768, 512, 1024): "stationary cluster 4",
-        (32768, 1024, 1024): "stream 128x256x128 cluster 2x1 after quantize",
-        (32768, 256, 4096): "stationary cluster 4",
-        (32768, 512, 4096): "resident 128x128 staged 128 parts 1",
-        (32768, 1024, 4096): "stream 128x256x128 cluster 2x1",
+        (32768, 1024, 1024): "stationary cluster 8",
+        (32768, 256, 4096): "stationary cluster 8",
+        (32768, 512, 4096): "stationary cluster 1 after quantize",
+        (32768, 1024, 4096): "stationary cluster 1 after quantize",
         (1, 512, 1024): "skinny 8x16 warps 1x8 steps 8",
         (128, 512, 4096): "skinny 32x128 warps 8x2 steps 4",
         (1, 4096, 14336): "skinny 8x16 warps 1x4 steps 8",
@@ -89,10 +90,10 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (16, 4096, 14336): "sm80 16x64x256 warps 1x2x2 stages 4 split 1 after quantize",
         (32, 4096, 14336): "sm80 32x64x256 warps 1x2x2 stages 3 split 1 after quantize",
         (64, 4096, 14336): "sm80 64x128x256 warps 2x2x2 stages 3 split 1 after quantize",
-        (32768, 64, 4096): "stationary cluster 2",
-        (32768, 128, 4096): "stationary cluster 2",
-        (32768, 192, 4096): "stationary cluster 4",
-        (32768, 384, 4096): "stationary cluster 1 after quantize",
+        (32768, 64, 4096): "stationary cluster 8",
+        (32768, 128, 4096): "stationary cluster 8",
+        (32768, 192, 4096): "stationary cluster 8",
+        (32768, 384, 4096): "resident 128x128 staged 128 parts 1",
         (32768, 768, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 1536, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 2048, 4096): "stream 128x256x128 cluster 2x1 after quantize",
@@ -101,13 +102,13 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 8192, 4096): "stream 128x256x128 cluster 2x1 after quantize",
     },
     0: {
-        (32768, 128, 1024): "stationary cluster 1",
+        (32768, 128, 1024): "stationary cluster 2",
         (32768, 256, 1024): "stationary cluster 1",
         (32768, 512, 1024): "stationary cluster 1",
-        (32768, 1024, 1024): "stream 128x256x128 cluster 2x1",
+        (32768, 1024, 1024): "stationary cluster 1",
         (32768, 256, 4096): "stationary cluster 1",
         (32768, 512, 4096): "stationary cluster 1",
-        (32768, 1024, 4096): "stream 128x256x128 cluster 2x1",
+        (32768, 1024, 4096): "stationary cluster 1",
         (1, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
         (128, 512, 4096): "sm80 64x64x128 warps 2x2x1 stages 4 split 1",
         (1, 4096, 14336): "sm80 16x64x256 warps 1x2x2 stages 4 split 1",
@@ -143,8 +144,8 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 64, 4096): "stationary cluster 1",
         (32768, 128, 4096): "stationary cluster 1",
         (32768, 192, 4096): "stationary cluster 1",
-        (32768, 384, 4096): "stationary cluster 1",
-        (32768, 768, 4096): "stream 128x256x128 cluster 2x1",
+        (32768, 384, 4096): "resident 128x128 staged 128 parts 1",
+        (32768, 768, 4096): "stationary cluster 1",
         (32768, 1536, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 2048, 4096): "stream 128x256x128 cluster 2x1",
         (32768, 3072, 4096): "stream 128x256x128 cluster 2x1",
@@ -461,7 +462,7 @@ def test_every_hopper_tile_has_one_instantiation_a_source() -> None:
     assert len(sources) == 4
     found = []
     for path in sorted((CUDA / "sm90" / "instantiations").iterdir()):
-        if path.name == "stationary.cu":
+        if path.name.startswith("stationary_"):
             continue
         name = re.match(r"(resident|stream)_tile_(\d+)\b.*\.cu$", path.name)
         assert name, f"{path.name} names no tile"
@@ -479,9 +480,21 @@ def test_every_hopper_tile_has_one_instantiation_a_source() -> None:
         for tile in range(NUM_TILES[path])
         for source in sources
     )
-    # One kernel for clusters of every size; rows of float32 get a pass before.
-    text = (CUDA / "sm90" / "instantiations" / "stationary.cu").read_text()
-    assert re.findall(r"^INT8_OPS_STATIONARY\(Source::(\w+)\);$", text, re.M) == sources[:3]
+
+
+def test_every_stationary_kernel_has_one_instantiation() -> None:
+    """For every power of two K-blocks; clusters of every size have it, float32 rows a pass."""
+    folder = CUDA / "sm90" / "instantiations"
+    held = [1, 2, 4, 8]
+    assert held[-1] * STATIONARY_TILES[0]["block_k"] == MAX_STATIONARY_K
+    assert sorted(path.name for path in folder.glob("stationary_*")) == [
+        f"stationary_{k_blocks}.cu" for k_blocks in held
+    ]
+    for k_blocks in held:
+        text = (folder / f"stationary_{k_blocks}.cu").read_text()
+        found = re.findall(r"^INT8_OPS_STATIONARY\((\d+), Source::(\w+)\);$", text, re.M)
+        sources = ("kInt8", "kFloat16", "kBFloat16")
+        assert found == [(str(k_blocks), source) for source in sources]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t['block_m']}x{t['block_n']}")
@@ -551,16 +564,20 @@ def test_stationary_tile_fits(tile: int) -> None:
     for k in range(16, MAX_STATIONARY_K + 1, 16):
         for n in (8, 256, 264, 1024, 4096, 4104, 14336):
             t = BUILD.stationary_tiles(n=n, k=k)[tile]
-            columns = t["n_tiles"] * t["block_n"]
+            columns = t["units"] * t["unit_columns"]
             assert t["parts"] * t["cluster"] * columns >= n, (n, k, t)
             # No cluster of the parts is without columns.
             assert (t["parts"] - 1) * t["cluster"] * columns < n, (n, k, t)
             assert t["block_m"] % (8 * t["cluster"]) == 0  # a block's share: whole groups of rows
-            assert t["row_buffers"] >= 2, (n, k, t)
             row_bytes = ceil_div(k, t["block_k"]) * t["block_k"]
-            slab = columns * row_bytes
-            buffer = t["block_m"] * (row_bytes + 4)
-            assert slab + t["row_buffers"] * buffer < t["shared_bytes"] <= limit, (n, k, t)
+            # What a thread holds: 64 columns a warpgroup and unit, 128 threads.
+            assert columns // 2 * row_bytes <= 128 * 4 * 128, (n, k, t)
+            # On its way there it passes through the buffers of rows.
+            buffers = t["row_buffers"] * t["block_m"] * row_bytes
+            assert t["row_buffers"] >= 2, (n, k, t)
+            assert columns * row_bytes <= buffers, (n, k, t)
+            scales = t["row_buffers"] * t["block_m"] * 2 * 4
+            assert buffers + scales + columns * 8 < t["shared_bytes"] <= limit, (n, k, t)
 
 
 def check_shared(t: dict, k: int, resident_rows: int, stage_rows: int = 0) -> None:

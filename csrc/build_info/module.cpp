@@ -216,9 +216,9 @@ PyObject* stationary_tiles(PyObject*, PyObject* args, PyObject* keywords) {
   for (const StationaryTile& tile : int8_ops::cuda::kStationaryTiles) {
     const auto shared = tile.shared(n, k, limit);
     PyObject* item = Py_BuildValue(
-        "{s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:i}", "block_m", StationaryTile::kBlockM, "block_n",
-        StationaryTile::kBlockN, "block_k", StationaryTile::kBlockK, "threads",
-        StationaryTile::kThreads, "cluster", tile.cluster, "n_tiles", tile.n_tiles(n, k), "parts",
+        "{s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:i,s:i}", "block_m", StationaryTile::kBlockM,
+        "unit_columns", StationaryTile::kUnitColumns, "block_k", StationaryTile::kBlockK, "threads",
+        StationaryTile::kThreads, "cluster", tile.cluster, "units", tile.units(n, k), "parts",
         static_cast<long long>(tile.parts(n, k)), "row_buffers", shared.stages, "shared_bytes",
         shared.bytes, "max_k", StationaryTile::kMaxK);
     if (!append_new(list, item)) break;

@@ -169,6 +169,9 @@ int64_t matmul_workspace_bytes(MatmulParams& p) {
   if (plan.path == GemmPath::kStream && p.x != nullptr && !plan.pass) {
     return sm90::stream_workspace_bytes(p);
   }
+  if (plan.path == GemmPath::kStationary && !plan.pass) {
+    return sm90::stationary_workspace_bytes(p, plan.tile, device_of(p.ctx).facts);
+  }
   return gemm_workspace_bytes(problem, plan) + (plan.pass ? quantized_rows_bytes(p) : 0);
 }
 

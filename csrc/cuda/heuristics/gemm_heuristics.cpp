@@ -75,8 +75,8 @@ double sm80_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
 //   sums, so its epilogue adds to them; those of the others overlap with it in part.
 //   - resident: a row tile's beginning (with x: loading and quantizing it), then a tile of columns
 //   after the other, each as long as its products or its epilogue take.
-//   - stationary: a tile of rows after the other, each as long as its products with the slab or the
-//   quantization of a block's share take.
+//   - stationary: a tile of rows after the other, each as long as its products with the block's
+//   columns or the quantization of a block's share take; the bytes hide behind that in part.
 //   - x quantized beside the products: as fast as the helping warps are, and a late start.
 //   - x quantized in a pass before: a launch of which little hides, and its bytes.
 constexpr double kSm90LaunchCycles = 3600;
@@ -143,44 +143,61 @@ int64_t stationary_clusters(const StationaryTile& tile, const DeviceFacts& devic
 
 double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
                        const StationaryTile& tile) {
-  constexpr double kStartCycles = 400;
-  constexpr double kSlabBytesPerCycle = 9000;
-  constexpr double kClusterCycles = 1000;  // meeting, a block
-  constexpr double kReread = 0.3;
-  constexpr double kTileCycles = 630;  // of columns
-  constexpr double kKBlockCycles = 765;
-  constexpr double kLateCycles = 1420;  // the first rows of x
-  constexpr double kShareCycles = 700;  // of a block, of a tile of rows
-  constexpr double kValueCycles = 0.53;
-  constexpr double kUnscattered = 0.9;  // x is read in order
+  constexpr double kStartCycles = 670;
+  constexpr double kClusterCycles = 260;  // meeting, a block
+  // w of a block, per 128 columns and K-block: to registers, and all blocks' at once out of L2.
+  constexpr double kTakeCycles = 290;
+  constexpr double kWeightsBytesPerCycle = 5800;
+  // A product of 64 rows and 128 columns.
+  constexpr double kUnitCycles = 350;
+  constexpr double kKBlockCycles = 224;
+  constexpr double kBesideQuantizing = 1.23;
+  constexpr double kWaitingForBlocks = 1.13;  // clusters of more than two, with few rows ahead
+  constexpr double kShareCycles = 1500;       // of a block, of a tile of rows
+  constexpr double kValueCycles = 0.205;
+  constexpr double kThroughL2Cycles = 3450;
+  constexpr double kReread = 1.03;
+  constexpr double kUnscattered = 0.68;  // x is read in order
+  constexpr double kNotHidden = 0.38;    // of what takes less time than the other
+  const bool quantizes = p.x_bytes > 0;
   const int64_t clusters = stationary_clusters(tile, device);
   const int64_t parts = tile.parts(p.n, p.k);
   const int64_t m_tiles = ceil_div(p.m, StationaryTile::kBlockM);
   const int64_t clusters_a_part = std::max<int64_t>(1, clusters / parts);
   const auto turns = static_cast<double>(ceil_div(m_tiles, clusters_a_part));
-  const auto k_blocks = static_cast<double>(StationaryTile::k_blocks(p.k));
-  const auto n_tiles = static_cast<double>(tile.n_tiles(p.n, p.k));
-  const double multiplying = n_tiles * (kTileCycles + kKBlockCycles * k_blocks);
-  const double values = static_cast<double>(StationaryTile::kBlockM * p.k) / tile.cluster;
-  const double quantizing = p.x_bytes > 0 ? kShareCycles + kValueCycles * values : 0;
+  const int32_t k_blocks = StationaryTile::k_blocks(p.k);
+  const auto units = static_cast<double>(tile.units(p.n, p.k));
+  // What is compiled for more K-blocks than there are multiplies them all.
+  double multiplying = units * (kUnitCycles + kKBlockCycles * StationaryTile::held_k_blocks(p.k));
+  if (quantizes) multiplying *= kBesideQuantizing;
+  double quantizing = 0.0;
+  if (quantizes) {
+    const double values = static_cast<double>(StationaryTile::kBlockM * p.k) / tile.cluster;
+    quantizing = StationaryTile::through_l2(k_blocks) ? kThroughL2Cycles
+                                                      : kShareCycles + kValueCycles * values;
+  }
   double read = static_cast<double>(p.m * p.k * std::max<int64_t>(p.x_bytes, 1) + p.n * p.k);
-  // Every part reads x; most of that comes from L2.
+  // Every part reads x.
   read += kReread * static_cast<double>((parts - 1) * p.m * p.k * p.x_bytes);
-  // All blocks at once fetch their slabs from L2, half of that beside the first rows.
   const int64_t blocks = std::min(clusters_a_part, m_tiles) * parts * tile.cluster;
-  const double slabs = static_cast<double>(blocks) * n_tiles * k_blocks *
-                       (StationaryTile::kBlockN * StationaryTile::kBlockK) / kSlabBytesPerCycle;
-  return kSm90LaunchCycles + kStartCycles + kClusterCycles * tile.cluster + slabs +
-         (p.x_bytes > 0 ? kLateCycles : 0) +
-         std::max(turns * std::max(multiplying, quantizing), kUnscattered * device_cycles(read, p));
+  const double weights = units * k_blocks;
+  const double working = turns * std::max(multiplying, quantizing);
+  const double moving = kUnscattered * device_cycles(read, p);
+  const double waiting = !quantizes && tile.cluster > 2 ? kWaitingForBlocks : 1.0;
+  return kSm90LaunchCycles + kStartCycles + kClusterCycles * tile.cluster + kTakeCycles * weights +
+         static_cast<double>(blocks) * weights *
+             (StationaryTile::kUnitColumns * StationaryTile::kBlockK) / kWeightsBytesPerCycle +
+         waiting * (std::max(working, moving) + kNotHidden * std::min(working, moving));
 }
 
 // A quantization in a pass before a matmul.
 double quantize_cost(const GemmProblem& p, GemmPath path) {
   if (p.x_bytes == 0) return 0.0;
   // The Hopper kernels begin only where a multiprocessor is all theirs.
-  return (path == GemmPath::kStream ? 6000 : 4600) +
-         static_cast<double>(p.m * p.k * (p.x_bytes + 1)) / kDeviceBytesPerCycle;
+  const double launch = path == GemmPath::kStream       ? 6000
+                        : path == GemmPath::kStationary ? 5200
+                                                        : 4600;
+  return launch + static_cast<double>(p.m * p.k * (p.x_bytes + 1)) / kDeviceBytesPerCycle;
 }
 
 // A tile with far more rows than the problem reads the same few rows of a from every block.
@@ -260,21 +277,21 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
       return "it needs more shared memory";
     }
   } else if (path == GemmPath::kStationary) {
-    const StationaryTile& slabs = kStationaryTiles[tile];
+    const StationaryTile& blocks = kStationaryTiles[tile];
     if (problem.k > StationaryTile::kMaxK) {
       return "it takes K up to " + std::to_string(StationaryTile::kMaxK);
     }
     if (problem.x_bytes > 2) return "it quantizes rows of 16-bit values alone";
     // Rows of the next tile are named before it is known whether there is one.
     if (problem.m > int64_t{1} << 30) return "it takes M up to 2^30";
-    if (problem.x_bytes > 0 && !slabs.can_quantize(problem.k)) {
-      return "its clusters of " + std::to_string(slabs.cluster) + " quantize K up to " +
-             std::to_string(slabs.cluster * StationaryTile::kBlockK);
+    if (problem.x_bytes > 0 && !blocks.can_quantize(problem.k)) {
+      return "its clusters of " + std::to_string(blocks.cluster) + " quantize K up to " +
+             std::to_string(blocks.max_quantized_k());
     }
-    if (slabs.parts(problem.n, problem.k) > stationary_clusters(slabs, device)) {
+    if (blocks.parts(problem.n, problem.k) > stationary_clusters(blocks, device)) {
       return "it needs room for all of w at once";
     }
-    if (slabs.shared(problem.n, problem.k, device.shared_bytes_per_block).stages == 0) {
+    if (blocks.shared(problem.n, problem.k, device.shared_bytes_per_block).stages == 0) {
       return "it needs more shared memory";
     }
   } else if (kStreamTiles[tile].shared(problem.k, device.shared_bytes_per_block).stages == 0) {

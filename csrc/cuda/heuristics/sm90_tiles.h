@@ -106,54 +106,77 @@ inline constexpr StreamTile kStreamTiles[] = {
 };
 inline constexpr size_t kNumStreamTiles = sizeof(kStreamTiles) / sizeof(kStreamTiles[0]);
 
-// w stays in shared memory, a slab of columns a block, and tiles of rows pass by. The blocks of a
-// cluster hold neighbouring slabs, and each loads or quantizes a share of the rows for all of them.
-// For short K: what a cluster can't hold is another cluster's, with the same rows.
+// w stays in registers, some columns a block, and tiles of rows pass by. The blocks of a cluster
+// hold neighbouring columns, and each loads or quantizes a share of the rows for all of them. For
+// short K: what a cluster can't hold is another cluster's, with the same rows.
 struct StationaryTile {
   int32_t cluster;
 
   static constexpr int32_t kBlockM = 64;
-  static constexpr int32_t kBlockN = 256;
   static constexpr int32_t kBlockK = 128;
   static constexpr int32_t kThreads = 384;
-  static constexpr int32_t kMaxSlabBoxes = 4;  // of kBlockN columns by kBlockK
-  static constexpr int32_t kStagedBoxes = 2;   // of 16 rows by 64 columns of 16-bit results, a warp
-  static constexpr int32_t kStagingBytes = 8 * kStagedBoxes * 16 * 128;
-  static constexpr int32_t kMaxRowBuffers = 6;
+  // Two warpgroups multiply 64 columns each. Of K = 1024 those are 128 registers a thread.
+  static constexpr int32_t kUnitColumns = 128;
+  static constexpr int32_t kMaxKBlocks = 8;
+  static constexpr int32_t kMaxK = kMaxKBlocks * kBlockK;
+  static constexpr int32_t kStagedBoxes = 2;  // of 64 rows by 64 columns of 16-bit results
+  static constexpr int32_t kStagingBytes = 2 * kStagedBoxes * kBlockM * 128;
+  static constexpr int32_t kMaxRowBuffers = 24;
   static constexpr int32_t kHeadBytes = 512;  // barriers
-  static constexpr int32_t kMaxK = 512;
 
   static constexpr int32_t k_blocks(int64_t k) {
     return static_cast<int32_t>((k + kBlockK - 1) / kBlockK);
   }
-  // Tiles of columns in a block's slab.
-  static constexpr int32_t max_n_tiles(int64_t k) { return kMaxSlabBoxes / k_blocks(k); }
+  // What the kernels are compiled for.
+  static constexpr int32_t held_k_blocks(int64_t k) {
+    int32_t held = 1;
+    while (held < k_blocks(k)) held *= 2;
+    return held;
+  }
+  // Units of columns that a block can hold.
+  static constexpr int32_t max_units(int64_t k) { return kMaxKBlocks / held_k_blocks(k); }
   // How many clusters it takes to hold n columns, and what each block then holds.
   constexpr int64_t parts(int64_t n, int64_t k) const {
-    const int64_t held = int64_t{cluster} * max_n_tiles(k) * kBlockN;
+    const int64_t held = int64_t{cluster} * max_units(k) * kUnitColumns;
     return (n + held - 1) / held;
   }
-  constexpr int32_t n_tiles(int64_t n, int64_t k) const {
-    const int64_t step = kBlockN * cluster * parts(n, k);
+  constexpr int32_t units(int64_t n, int64_t k) const {
+    const int64_t step = kUnitColumns * cluster * parts(n, k);
     return static_cast<int32_t>((n + step - 1) / step);
   }
-  // Of a buffer: a tile's rows and their scales.
+  // Of a buffer: a tile's rows, and twice their scales.
   static constexpr int32_t rows_bytes(int64_t k) { return k_blocks(k) * kBlockM * kBlockK; }
-  static constexpr int32_t scales_bytes() { return kBlockM * 4; }
+  static constexpr int32_t scales_bytes() { return 2 * kBlockM * 4; }
+  // w passes through the last buffers on its way to the registers; the others can take rows before.
+  static constexpr int32_t early_buffers(int32_t units, int32_t buffers) {
+    return buffers - units * (kUnitColumns / kBlockM);
+  }
   // Stages are buffers of rows.
   constexpr Sm90Shared shared(int64_t n, int64_t k, int32_t limit_bytes) const {
-    const int32_t columns = n_tiles(n, k) * kBlockN;
-    const int32_t fixed = columns * (k_blocks(k) * kBlockK + 8) + kStagingBytes + kHeadBytes;
+    const int32_t columns = units(n, k) * kUnitColumns;
+    const int32_t fixed = columns * 8 + kStagingBytes + kHeadBytes;
     const int32_t buffer = rows_bytes(k) + scales_bytes();
     const int32_t fit = (limit_bytes - fixed) / buffer;
     const int32_t buffers = fit < kMaxRowBuffers ? fit : kMaxRowBuffers;
-    return buffers < 2 ? Sm90Shared{} : Sm90Shared{buffers, 0, fixed + buffers * buffer};
+    const bool enough = buffers >= 2 && early_buffers(units(n, k), buffers) >= 0;
+    return enough ? Sm90Shared{buffers, 0, fixed + buffers * buffer} : Sm90Shared{};
   }
+  // Int8 rows come in boxes of a K-block and a tile's rows, cut where there are fewer than blocks.
+  static constexpr int32_t pieces(int32_t cluster, int32_t k_blocks) {
+    int32_t pieces = 1;
+    while (k_blocks * pieces % cluster != 0) pieces *= 2;
+    return pieces;
+  }
+  // Of so long rows what a block quantizes of a tile goes to the others by way of L2: a group of
+  // eight rows and their scales.
+  static constexpr bool through_l2(int32_t k_blocks) { return k_blocks > kMaxKBlocks / 2; }
+  static constexpr int32_t share_bytes(int32_t k_blocks) { return 8 * kBlockK * k_blocks + 128; }
   // A thread holds what its warp quantizes of a tile: enough blocks must share it.
-  constexpr bool can_quantize(int64_t k) const { return cluster >= k_blocks(k); }
+  constexpr int64_t max_quantized_k() const { return int64_t{cluster} * kBlockK; }
+  constexpr bool can_quantize(int64_t k) const { return k <= max_quantized_k(); }
 };
 
-inline constexpr StationaryTile kStationaryTiles[] = {{1}, {2}, {4}};
+inline constexpr StationaryTile kStationaryTiles[] = {{1}, {2}, {4}, {8}};
 inline constexpr size_t kNumStationaryTiles =
     sizeof(kStationaryTiles) / sizeof(kStationaryTiles[0]);
 

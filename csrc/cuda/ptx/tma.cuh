@@ -70,6 +70,19 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
       : "memory");
 }
 
+// The same bytes to the same address in every block of the cluster that `blocks` has a bit for, and
+// to each one's barrier.
+// PTX ISA: cp.async.bulk.shared::cluster.global with .multicast::cluster.
+__device__ __forceinline__ void bulk_load_multicast(uint32_t shared, const void* global,
+                                                    uint32_t bytes, uint32_t barrier,
+                                                    uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // Contiguous bytes of this block's shared memory to a block of the cluster, completing on a barrier
 // there; both addresses there are shared_of_block()'s. Multiples of 16.
 // PTX ISA: cp.async.bulk.shared::cluster.shared::cta.

@@ -1,5 +1,5 @@
-// Tensor-core products of int8 on one warpgroup, sm_90a: a and b from shared memory, sums in
-// registers, asynchronous.
+// Tensor-core products of int8 on one warpgroup, sm_90a: b from shared memory, a from there or from
+// registers, sums in registers, asynchronous.
 // PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions: wgmma".
 #pragma once
 
@@ -66,6 +66,31 @@ __device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], uint64_t a, uint64_t 
         "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),
         "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
       : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
+
+// The same with a in registers, of a [64, 32] those that mma.sync's m16n8k32 has of the 16 rows of
+// a warp: thread 32 w + 4 g + t holds in a[2 c + h] row 16 w + g + 8 h, bytes 16 c + 4 t .. + 3.
+// They must stay as they are until the product is waited for. PTX ISA:
+// wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8, "Register Fragments".
+__device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                         bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7,"
+      "%8, %9, %10, %11, %12, %13, %14, %15,"
+      "%16, %17, %18, %19, %20, %21, %22, %23,"
+      "%24, %25, %26, %27, %28, %29, %30, %31},"
+      " {%32, %33, %34, %35}, %36, p;\n"
+      "}\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
+        "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
+        "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]),
+        "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),
+        "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
 }
 
 // PTX ISA: wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8.

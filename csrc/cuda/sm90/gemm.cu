@@ -1,6 +1,7 @@
 // From a plan to a launch: tensor maps, stages, grid.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <utility>
 
 #include "../../common/quantized_rows.h"
@@ -27,6 +28,17 @@ constexpr std::array<StreamLauncher, 4 * sizeof...(kTile)> stream_launchers(
   return {launch_stream<kTile, Source::kInt8>..., launch_stream<kTile, Source::kFloat16>...,
           launch_stream<kTile, Source::kBFloat16>..., launch_stream<kTile, Source::kFloat32>...};
 }
+// K-blocks: 1, 2, 4, and so on.
+constexpr size_t kStationaryKs = std::bit_width(static_cast<unsigned>(StationaryTile::kMaxKBlocks));
+template <int... kLog>
+constexpr std::array<StationaryLauncher, 3 * sizeof...(kLog)> stationary_launchers(
+    std::integer_sequence<int, kLog...>) {
+  return {launch_stationary<(1 << kLog), Source::kInt8>...,
+          launch_stationary<(1 << kLog), Source::kFloat16>...,
+          launch_stationary<(1 << kLog), Source::kBFloat16>...};
+}
+constexpr auto kStationaryLaunchers =
+    stationary_launchers(std::make_integer_sequence<int, static_cast<int>(kStationaryKs)>{});
 constexpr auto kResidentLaunchers =
     resident_launchers(std::make_integer_sequence<int, static_cast<int>(kNumResidentTiles)>{});
 constexpr auto kStreamLaunchers =
@@ -108,17 +120,29 @@ void resident(const MatmulParams& p, int32_t tile_index, int32_t parts, const De
   kResidentLaunchers.at(launcher)(args, static_cast<uint32_t>(buffers), shape, p.ctx);
 }
 
+int64_t stationary_workspace_bytes(const MatmulParams& p, int32_t tile_index,
+                                   const DeviceFacts& device) {
+  const int32_t k_blocks = StationaryTile::k_blocks(p.k);
+  if (p.x == nullptr || !StationaryTile::through_l2(k_blocks)) return 0;
+  const StationaryTile& tile = kStationaryTiles[tile_index];
+  const int32_t buffers = tile.shared(p.n, p.k, device.shared_bytes_per_block).stages;
+  const int64_t share = StationaryTile::share_bytes(k_blocks);
+  return align_workspace(device.sm_count * buffers * share);
+}
+
 void stationary(const MatmulParams& p, int32_t tile_index, const DeviceFacts& device) {
   const StationaryTile& tile = kStationaryTiles[tile_index];
   const Source source = source_of(p);
-  GemmArgs args = common_args(p, 16);
-  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, StationaryTile::kBlockN);
+  GemmArgs args = common_args(p, StationaryTile::kBlockM);
+  args.q = static_cast<int8_t*>(p.workspace);
+  args.w_map = make_tensor_map(p.w, p.n, p.k, 1, StationaryTile::kUnitColumns / 2);
   if (source == Source::kInt8) {
-    args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StationaryTile::kBlockM / tile.cluster);
+    const int32_t pieces = StationaryTile::pieces(tile.cluster, args.k_blocks);
+    args.a_map = make_tensor_map(p.a, p.m, p.k, 1, StationaryTile::kBlockM / pieces);
   }
   args.m_tiles = ceil_div(p.m, StationaryTile::kBlockM);
   args.n_parts = static_cast<int32_t>(tile.parts(p.n, p.k));
-  args.n_tiles = tile.n_tiles(p.n, p.k);
+  args.n_tiles = tile.units(p.n, p.k);
   const Sm90Shared shared = tile.shared(p.n, p.k, device.shared_bytes_per_block);
   args.stages = shared.stages;
 
@@ -126,10 +150,10 @@ void stationary(const MatmulParams& p, int32_t tile_index, const DeviceFacts& de
   shape.block = dim3(StationaryTile::kThreads);
   shape.cluster = static_cast<unsigned>(tile.cluster);
   shape.shared_bytes = static_cast<size_t>(shared.bytes);
-  const auto launcher = source == Source::kInt8      ? launch_stationary<Source::kInt8>
-                        : source == Source::kFloat16 ? launch_stationary<Source::kFloat16>
-                                                     : launch_stationary<Source::kBFloat16>;
-  launcher(args, shape, args.m_tiles * args.n_parts, p.ctx);
+  // One for every power of two K-blocks.
+  const auto held = static_cast<unsigned>(StationaryTile::held_k_blocks(p.k));
+  const size_t launcher = static_cast<size_t>(source) * kStationaryKs + std::countr_zero(held);
+  kStationaryLaunchers.at(launcher)(args, shape, args.m_tiles * args.n_parts, p.ctx);
 }
 
 int64_t stream_workspace_bytes(const MatmulParams& p) {

@@ -20,8 +20,9 @@ void resident(const MatmulParams& p, int32_t tile, int32_t parts, const DeviceFa
 void stream(MatmulParams& p, int32_t tile, const DeviceFacts& device);
 int64_t stream_workspace_bytes(const MatmulParams& p);
 
-// w stays in shared memory, and rows pass by; with p.x set they are quantized on the way. k at most
-// StationaryTile::kMaxK.
+// w stays in registers, and rows pass by; with p.x set they are quantized on the way, some of them
+// through a workspace of so many bytes. k at most StationaryTile::kMaxK.
 void stationary(const MatmulParams& p, int32_t tile, const DeviceFacts& device);
+int64_t stationary_workspace_bytes(const MatmulParams& p, int32_t tile, const DeviceFacts& device);
 
 }  // namespace int8_ops::cuda::sm90

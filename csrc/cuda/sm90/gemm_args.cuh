@@ -16,7 +16,8 @@ struct GemmArgs {
   CUtensorMap out_map;  // where the output has 16 bits
   const void* x;        // where it is not
   // Where x is quantized beside the products: what a_map maps, a scale a row, the rounds of rows
-  // that were drawn, and for every 128 rows how many are done.
+  // that were drawn, and for every 128 rows how many are done. Stationary: where the shares of a
+  // tile of rows pass through L2.
   int8_t* q;
   float* row_scales;
   uint32_t* drawn;
@@ -26,7 +27,7 @@ struct GemmArgs {
   int32_t k;
   int32_t k_blocks;  // of 128
   int32_t m_tiles;   // of a cluster's rows
-  int32_t n_tiles;   // stationary: of a block's slab
+  int32_t n_tiles;   // stationary: units of columns of a block
   int32_t n_parts;   // blocks that share a row tile, each with a part of its columns; stationary:
                      // clusters
   int32_t stages;    // stationary: buffers for a tile of rows

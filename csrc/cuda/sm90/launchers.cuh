@@ -16,8 +16,10 @@ void launch_resident(const GemmArgs& args, uint32_t row_buffers, const LaunchSha
                      const ExecContext& ctx);
 template <int kTileIndex, Source kSource>
 void launch_stream(const GemmArgs& args, const LaunchShape& shape, const ExecContext& ctx);
+using StationaryLauncher = void (*)(const GemmArgs&, LaunchShape, int32_t cluster_limit,
+                                    const ExecContext&);
 // The grid is as many clusters as run at once, at most `cluster_limit`.
-template <Source kSource>
+template <int kKBlocks, Source kSource>
 void launch_stationary(const GemmArgs& args, LaunchShape shape, int32_t cluster_limit,
                        const ExecContext& ctx);
 

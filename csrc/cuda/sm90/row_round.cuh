@@ -13,6 +13,8 @@ namespace int8_ops::cuda::sm90 {
 template <typename T, int kLanes, int kChunks, int kPasses>
 struct RowRound {
   static constexpr int kRowLanes = kLanes;
+  static constexpr int kChunkCount = kChunks;
+  static constexpr int kPassCount = kPasses;
   static constexpr int kRowsPerPass = 32 / kLanes;
   static constexpr int kRows = kPasses * kRowsPerPass;
 

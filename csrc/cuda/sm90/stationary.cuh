@@ -1,455 +1,337 @@
-// The Hopper kernel for short K and few columns: w stays in shared memory, rows of a pass by.
+// The Hopper kernel for K up to 1024: w stays in registers, rows of a pass by.
 //
-//   w --copy engine, once--> slab \
-//                                  > --wgmma--> sums --epilogue--> global
+//   w --copy engine, once--> buffers --> registers \
+//                                                   > --wgmma--> sums --epilogue--> global
 //   x --quantize--> a share of a tile of rows --copy engine--> the tile's buffers
 //   or a --copy engine, a share to all blocks of the cluster-> the tile's buffers
 //
-// The blocks of a cluster hold neighbouring slabs of columns and multiply the same tiles of rows.
-// Each brings a share of every tile and copies it into the shared memory of all: x is read and
-// quantized once, and L2 delivers neither x nor w a second time.
+// The blocks of a cluster hold neighbouring columns and multiply the same tiles of rows
+// (stationary_rows.cuh), so that L2 delivers neither x nor w a second time.
 //
-// A block has two warpgroups that take its tiles of columns in turn: while one multiplies, the
-// other scales and stores. A third quantizes, or its first thread drives the copy engine.
+// w is wgmma's first operand, which may come from registers: 128 of a thread hold 64 columns of
+// K = 1024, 128 of K = 512, and so on. Shared memory is left to the rows, of which a product then
+// reads 64 bytes a cycle; the sums are those of the transposed tile, and stmatrix turns them again.
+//
+// A block has two warpgroups that multiply in turn: while one multiplies, the other scales and
+// stores. A third quantizes, or its first threads drive the copy engine.
 #pragma once
 
 #include "../heuristics/sm90_tiles.h"
 #include "../launch.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/grid_dependency.cuh"
+#include "../ptx/mma_s8.cuh"
+#include "../ptx/opaque.cuh"
+#include "../ptx/stmatrix.cuh"
 #include "../ptx/tma.cuh"
+#include "../ptx/wgmma_s8.cuh"
 #include "gemm_args.cuh"
-#include "ring.cuh"
-#include "row_round.cuh"
-#include "warpgroup_tile.cuh"
+#include "stationary_rows.cuh"
 
 namespace int8_ops::cuda::sm90 {
 
-template <Source kSource, DType kOut>
+// kKBlocks: of K, rounded up to what StationaryTile::held_k_blocks() gives.
+template <Source kSource, DType kOut, int kKBlocks>
 struct StationaryKernel {
   static_assert(kSource != Source::kFloat32, "such rows do not fit the quantizing threads");
   static constexpr bool kQuantizes = kSource != Source::kInt8;
-  static constexpr int kBlockM = StationaryTile::kBlockM;
-  static constexpr int kBlockN = StationaryTile::kBlockN;
-  static constexpr int kBoxBytes = kBlockN * kBlockK;  // of the slab
-  static constexpr int kRowsBoxBytes = kBlockM * kBlockK;
-  static constexpr int kWarpRows = 16;
-  static constexpr int kStagedBytes = kWarpRows * 128;
-  static constexpr int kStagedBoxes = StationaryTile::kStagedBoxes;
+  static constexpr int kTileRows = StationaryTile::kBlockM;
+  static constexpr int kUnitColumns = StationaryTile::kUnitColumns;
+  static constexpr int kColumns = kUnitColumns / 2;  // of a warpgroup's product
+  static constexpr int kRowBytes = StationaryTile::kBlockK;
+  static constexpr int kUnits = StationaryTile::max_units(kKBlocks * kRowBytes);
+  static constexpr int kWarpgroup = 128;
+  static constexpr int kBoxBytes = kColumns * kRowBytes;         // of w
+  static constexpr int kStagedBytes = kTileRows * kColumns * 2;  // of 16-bit results
+  // Threads that write to a tile's buffer or scales, beside the copy engine.
+  static constexpr uint32_t kWriters = !kQuantizes                            ? 32
+                                       : StationaryTile::through_l2(kKBlocks) ? 0
+                                                                              : kWarpgroup;
   // Of 168 a thread at entry.
-  static constexpr uint32_t kProducerRegisters = kQuantizes ? 136 : 40;
-  static constexpr uint32_t kConsumerRegisters = kQuantizes ? 184 : 232;
+  static constexpr uint32_t kFillerRegisters = kQuantizes ? 120 : 40;
+  static constexpr uint32_t kConsumerRegisters = kQuantizes ? 192 : 232;
 
-  static constexpr uint32_t kTurnBarrier = 1;  // and the next, one a warpgroup
-  static constexpr uint32_t kPairBarrier = 3;  // and the next
-
-  using Tile = WarpgroupTile<kBlockN, 64>;
+  static constexpr uint32_t kTurnBarrier = 1;    // and the next, one a warpgroup
+  static constexpr uint32_t kStagedBarrier = 6;  // and the next, one a warpgroup
+  static constexpr uint32_t kColumnsBarrier = 3;
 
   struct Head {
     StageBarriers<StationaryTile::kMaxRowBuffers> rows;
-    alignas(8) uint64_t slab[StationaryTile::kMaxSlabBoxes];
+    alignas(8) uint64_t weights;
+    alignas(8) uint64_t room;
   };
   static_assert(sizeof(Head) <= StationaryTile::kHeadBytes);
 
+  using Sums = int32_t[kTileRows / 2];
+
   const GemmArgs& args;
-  uint32_t slab;  // [n_tiles][k_blocks][kBlockN][128]
-  uint8_t* rows;  // [row_buffers][k_blocks][64][128]; quantized: [row_buffers][8][k_blocks][8][128]
-  uint32_t staging;  // [8 warps][kStagedBoxes][16][128]
-  float* w_scales;   // [n_tiles][kBlockN]
-  float* bias;       // [n_tiles][kBlockN]
-  float* scales;     // [row_buffers][64]
-  uint32_t slab_full;
-  RingBarriers ring;
-  uint32_t cluster;
-  uint32_t rank;       // of this block in its cluster
-  int32_t n_tiles;     // of this block, that begin within n
-  int32_t n_first;     // of this block
-  int32_t first_tile;  // of rows
-  int32_t tile_step;
+  StationaryRows rows;
+  uint32_t weights;       // [units][2][k_blocks][64][128]: in the buffers of the rows, at first
+  uint32_t weights_full;  // a barrier
+  uint32_t staging;       // [2][kStagedBoxes][64][128]
+  float* w_scales;        // [units][128]
+  float* bias;            // [units][128]
+  int32_t units;          // of this block, that begin within n
+  int32_t n_first;        // of this block
 
-  __device__ __forceinline__ uint32_t rows_bytes() const {
-    return static_cast<uint32_t>(args.k_blocks) * kRowsBoxBytes;
-  }
-  __device__ __forceinline__ int32_t share_rows() const {
-    return kBlockM / static_cast<int32_t>(cluster);
-  }
-
-  // ---- one thread: what the copy engine brings
+  // ---- w: by the copy engine to shared memory, and from there to registers
   // ---------------------------------------------------
 
-  __device__ __forceinline__ void load_slab() const {
-    for (int32_t t = 0; t < n_tiles; ++t) {
+  // By one thread.
+  __device__ __forceinline__ void load_weights() const {
+    if (units == 0) return;
+    const int32_t boxes = units * 2 * args.k_blocks;
+    ptx::mbarrier_arrive_expect_tx(weights_full, boxes * kBoxBytes);
+    for (int32_t i = 0; i < units * 2; ++i) {
       for (int32_t b = 0; b < args.k_blocks; ++b) {
-        const int32_t box = t * args.k_blocks + b;
-        ptx::mbarrier_arrive_expect_tx(slab_full + box * 8, kBoxBytes);
-        ptx::tma_load_2d(slab + box * kBoxBytes, &args.w_map, slab_full + box * 8, b * kBlockK,
-                         n_first + t * kBlockN);
+        ptx::tma_load_2d(weights + (i * args.k_blocks + b) * kBoxBytes, &args.w_map, weights_full,
+                         b * kRowBytes, n_first + i * kColumns);
       }
     }
   }
 
-  __device__ __forceinline__ void load_rows() const {
-    const auto share = static_cast<int32_t>(rank) * share_rows();
-    const auto everyone = static_cast<uint16_t>((1U << cluster) - 1);
-    RingPlace at;
-    for (int32_t tile = first_tile; tile < args.m_tiles; tile += tile_step) {
-      ring.wait_empty(at);
-      const uint32_t full = ring.full_at(at);
-      ptx::mbarrier_arrive_expect_tx(full, rows_bytes());
-      const uint32_t to = ptx::shared_address(rows) + at.stage * rows_bytes() + share * kBlockK;
-      for (int32_t b = 0; b < args.k_blocks; ++b) {
-        const int32_t row = tile * kBlockM + share;
-        if (cluster == 1) {
-          ptx::tma_load_2d(to + b * kRowsBoxBytes, &args.a_map, full, b * kBlockK, row);
-        } else {
-          ptx::tma_load_2d_multicast(to + b * kRowsBoxBytes, &args.a_map, full, everyone,
-                                     b * kBlockK, row);
-        }
-      }
-      at.next(args.stages);
-    }
-  }
+  // Every k32 step of a unit has four registers: see wgmma_s8().
+  struct Weights {
+    uint32_t held[kUnits][kKBlocks][4][4];
+  };
 
-  // ---- a warpgroup: quantizes this block's share of every tile
-  // ---------------------------------------------------
-
-  // Eight rows of all K-blocks lie together, so that they go to another block in one piece.
-  __device__ __forceinline__ uint32_t group_bytes() const {
-    return static_cast<uint32_t>(args.k_blocks) * 8 * kBlockK;
-  }
-
-  // `groups` groups of eight rows from `first_row` on go from here to the other blocks, and their
-  // scales: two copies a block, by a lane each.
-  __device__ __forceinline__ void send(const RingPlace& at, int32_t first_row,
-                                       uint32_t groups) const {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane >= 2 * (cluster - 1)) return;
-    uint32_t peer = rank + 1 + lane / 2;
-    if (peer >= cluster) peer -= cluster;
-    const bool scale = lane % 2 != 0;
-    const uint32_t from = scale ? ptx::shared_address(scales + at.stage * kBlockM + first_row)
-                                : ptx::shared_address(rows) + at.stage * rows_bytes() +
-                                      static_cast<uint32_t>(first_row) / 8 * group_bytes();
-    ptx::bulk_copy_to_block(ptx::shared_of_block(from, peer), from,
-                            groups * (scale ? 32 : group_bytes()),
-                            ptx::shared_of_block(ring.full_at(at), peer));
-  }
-
-  // What the other blocks send of a tile.
-  __device__ __forceinline__ uint32_t received_bytes() const {
-    return static_cast<uint32_t>(kBlockM - share_rows()) *
-           (static_cast<uint32_t>(args.k_blocks) * kBlockK + 4);
-  }
-
-  // Sixteen chunks a K-block; two make sixteen bytes, whose place is swizzled.
-  __device__ __forceinline__ uint2* place_of(const RingPlace& at, int32_t row,
-                                             int32_t chunk) const {
-    const int32_t sixteen = (chunk % 16 / 2) ^ (row % 8);
-    return reinterpret_cast<uint2*>(rows + at.stage * rows_bytes() + row / 8 * group_bytes() +
-                                    chunk / 16 * (8 * kBlockK) + row % 8 * kBlockK + sixteen * 16 +
-                                    chunk % 2 * 8);
-  }
-
-  // Rare rows, read again: little code, and no registers.
-  template <typename Round, typename T>
-  __device__ __forceinline__ void divide_rows(const RingPlace& at, const T* x, int32_t tile_row,
-                                              int32_t share, uint32_t to_divide) const {
-    __syncwarp();  // the scales are written
-#pragma unroll 1
-    for (; to_divide != 0; to_divide &= to_divide - 1) {
-      const int32_t row = share + Round::row_in_round(__ffs(static_cast<int>(to_divide)) - 1);
-      const float divisor = scales[at.stage * kBlockM + row];
-#pragma unroll 1
-      for (int32_t chunk = Round::lane(); chunk * kChunk < args.k; chunk += Round::kRowLanes) {
-        Chunk<T> values;
-        values.load(x + int64_t{tile_row + row} * args.k + chunk * kChunk);
-        *place_of(at, row, chunk) = quantize_chunk_by_division(values, {divisor, divisor, -1.0F});
-      }
-    }
-  }
-
-  // A warp's rows of a tile lie in its registers; the next tile's are loaded meanwhile.
-  template <typename T, int kLanes, int kChunks, int kPasses>
-  __device__ __forceinline__ void quantize_rows(int warp) const {
-    using Round = RowRound<T, kLanes, kChunks, kPasses>;
-    const auto* const x = static_cast<const T*>(args.x);
-    const int32_t share = static_cast<int32_t>(rank) * share_rows() + warp * Round::kRows;
-    const auto load = [&](Round& round, int32_t tile) {
-      round.template load<false>(x, min(tile, args.m_tiles) * kBlockM + share, args.m, args.k,
-                                 args.k);
-    };
-    RingPlace at;
-    Round now;
-    load(now, first_tile);
-#pragma unroll 1
-    for (int32_t tile = first_tile; tile < args.m_tiles; tile += tile_step) {
-      Round next;
-      load(next, tile + tile_step);
-      prefetch(tile + 2 * tile_step, share, Round::kRows, sizeof(T));
-      float scale = 0.0F;
-      const auto factors = now.find_factors([&](int32_t, float value) { scale = value; });
-      uint2 q[kPasses][kChunks];
-      const uint32_t to_divide = now.quantize(factors, q);
-      ring.wait_empty(at);
+  __device__ __forceinline__ void take_weights(Weights& w, int warpgroup) const {
+    const int lane = threadIdx.x % 32;
+    // Matrix lane / 8 of an ldmatrix: rows 8 (lane / 8 % 2) .., chunk of sixteen bytes lane / 16.
+    const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    if (units > 0) ptx::mbarrier_wait_parity(weights_full, 0);
 #pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
+    for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-          const int32_t chunk = Round::chunk_of(i);
-          if (chunk / 16 < args.k_blocks) {
-            *place_of(at, share + Round::row_in_round(p), chunk) = q[p][i];
+      for (int b = 0; b < kKBlocks; ++b) {
+        const bool there = u < units && b < args.k_blocks;
+        const uint32_t box =
+            weights + ((u * 2 + warpgroup) * args.k_blocks + b) * kBoxBytes + row * kRowBytes;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          uint32_t (&four)[4] = w.held[u][b][step];
+          if (there) {
+            ptx::ldmatrix_x4(four, box + (((step * 2 + lane / 16) ^ (row % 8)) * 16));
+          } else {
+            four[0] = four[1] = four[2] = four[3] = 0;
           }
         }
       }
-      if (Round::lane() < kPasses) {
-        scales[at.stage * kBlockM + share + Round::row_in_round(Round::lane())] = scale;
-      }
-      if (__any_sync(0xffffffffu, to_divide != 0)) {
-        divide_rows<Round>(at, x, tile * kBlockM, share, to_divide);
-      }
-      ptx::fence_proxy_async();
-      if (threadIdx.x % kWarpgroupThreads == 0) {
-        ptx::mbarrier_arrive_expect_tx(ring.full_at(at), received_bytes());
-      }
-      ptx::mbarrier_arrive(ring.full_at(at));
-      if constexpr (Round::kRows >= 8) {
-        __syncwarp();
-        send(at, share, Round::kRows / 8);
-      } else {
-        // Two warps make a group.
-        static_assert(Round::kRows == 4);
-        ptx::named_barrier_sync(kPairBarrier + warp / 2, 64);
-        if (warp % 2 == 0) send(at, share, 1);
-      }
-      at.next(args.stages);
-      now = next;
     }
-  }
-
-  // These rows of a tile come to L2.
-  __device__ __forceinline__ void prefetch(int32_t tile, int32_t share, int32_t count,
-                                           int32_t size) const {
-    if (threadIdx.x % 32 != 0 || tile >= args.m_tiles) return;
-    const int32_t row = tile * kBlockM + share;
-    if (row >= args.m) return;
-    const auto* const from = static_cast<const uint8_t*>(args.x) + int64_t{row} * args.k * size;
-    ptx::prefetch_l2_bulk(from, static_cast<uint32_t>(min(count, args.m - row) * args.k * size));
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void quantize_all(int warp) const {
-    const uint32_t c = cluster;
-    if (args.k_blocks == 1) {
-      if (c == 1) return quantize_rows<T, 16, 1, 8>(warp);
-      if (c == 2) return quantize_rows<T, 16, 1, 4>(warp);
-      return quantize_rows<T, 16, 1, 2>(warp);
-    }
-    if (args.k_blocks == 2) {
-      if (c == 2) return quantize_rows<T, 32, 1, 8>(warp);
-      return quantize_rows<T, 32, 1, 4>(warp);
-    }
-    quantize_rows<T, 32, 2, 4>(warp);
+    __syncwarp();
+    tell(rows.room);
   }
 
   // ---- two warpgroups: multiply, scale, store
   // ----------------------------------------------------
 
-  // Scales and bias of the slab's columns, by all threads of both. Without a bias -0 is added,
+  // Scales and bias of the block's columns, by all threads of both. Without a bias -0 is added,
   // which changes nothing, not even a -0.
   __device__ __forceinline__ void load_columns() const {
     const ScaleEpilogue& e = args.epilogue;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_tiles * kBlockN;
-         i += 2 * kWarpgroupThreads) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < units * kUnitColumns;
+         i += 2 * kWarpgroup) {
       const int32_t col = n_first + i;
       const bool in = col < e.n && kOut != DType::kInt32;
       w_scales[i] = in ? e.w_scale[col] : 0.0F;
       bias[i] = in && e.bias != nullptr ? load_float(e.bias, e.bias_dtype, col) : -0.0F;
     }
-    ptx::named_barrier_sync(kTurnBarrier, 2 * kWarpgroupThreads);
+    ptx::named_barrier_sync(kColumnsBarrier, 2 * kWarpgroup);
   }
 
-  // `mine` is this warpgroup's next tile of columns, counted over all rows, `others` how many the
-  // other one has in all.
-  __device__ __forceinline__ void take_turn(int warpgroup, int32_t mine, int32_t others) const {
-    const int32_t before = warpgroup == 0 ? mine - 1 : mine;
-    if (before >= 0 && before < others) {
-      ptx::named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
-    }
+  // The first product is warpgroup 0's.
+  __device__ __forceinline__ void take_turn(int warpgroup, bool first) const {
+    if (warpgroup == 0 && first) return;
+    ptx::named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
   }
-  __device__ __forceinline__ void give_turn(int warpgroup, int32_t mine, int32_t others) const {
-    const int32_t after = warpgroup == 0 ? mine : mine + 1;
-    if (after < others) {
-      ptx::named_barrier_arrive(kTurnBarrier + (warpgroup ^ 1), 2 * kWarpgroupThreads);
-    }
+  __device__ __forceinline__ void give_turn(int warpgroup, bool last) const {
+    if (warpgroup == 1 && last) return;
+    ptx::named_barrier_arrive(kTurnBarrier + (warpgroup ^ 1), 2 * kWarpgroup);
   }
 
-  // Four lanes of a warp read the scales of its rows, and the same four free the buffer. Every
-  // warpgroup waits for every buffer and frees it, whether or not it had use for it.
-  static constexpr uint32_t kFreeing = 4;
+  // An arrival of every warp at a barrier of every block, and of every thread at this block's.
+  static constexpr uint32_t kOwnArrivals = 2 * kWarpgroup;
+  static constexpr uint32_t kOtherArrivals = 2 * kWarpgroup / 32;
+  __device__ __forceinline__ void tell(uint32_t barrier) const {
+    ptx::mbarrier_arrive(barrier);
+    const uint32_t block = threadIdx.x % 32;
+    if (block < rows.cluster && block != rows.rank) ptx::mbarrier_arrive_cluster(barrier, block);
+  }
 
-  __device__ __forceinline__ void read_scales(const RingPlace& at, float (&row_scale)[2]) const {
-    const int lane = threadIdx.x % 32;
-    float4 four = {};
-    if (lane < kFreeing) {
-      const int32_t first = at.stage * kBlockM + threadIdx.x / 32 % 4 * kWarpRows;
-      four = *reinterpret_cast<const float4*>(&scales[first + lane * 4]);
-    }
-    // Row lane / 4 is in lane / 16; the one eight below, two lanes on.
+  // Starts a unit's product with a tile of rows; all but its last K-block is over after. K-blocks
+  // beyond K multiply whatever lies after the buffer with a w of zeros: a branch here would make
+  // the compiler wait for every product.
+  static __device__ __forceinline__ void multiply(Sums& sums, const uint32_t (&w)[kKBlocks][4][4],
+                                                  uint64_t tile, uint32_t k_step) {
+    ptx::wgmma_fence();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int from = lane / 16 + half * 2;
-      const float x = __shfl_sync(0xffffffffu, four.x, from);
-      const float y = __shfl_sync(0xffffffffu, four.y, from);
-      const float z = __shfl_sync(0xffffffffu, four.z, from);
-      const float w = __shfl_sync(0xffffffffu, four.w, from);
-      const int in_four = lane / 4 % 4;
-      row_scale[half] = in_four < 2 ? (in_four == 0 ? x : y) : (in_four == 2 ? z : w);
+    for (int b = 0; b < kKBlocks; ++b) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_s8(sums, w[b][step], tile + b * k_step + step * 2, b + step != 0);
+      }
+      ptx::wgmma_commit_group();
     }
-  }
-
-  __device__ __forceinline__ void free_rows(const RingPlace& at) const {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane >= kFreeing) return;
-    if (cluster == 1) return ptx::mbarrier_arrive(ring.empty_at(at));
-    for (uint32_t block = 0; block < cluster; ++block) {
-      ptx::mbarrier_arrive_cluster(ring.empty_at(at), block);
-    }
+    if constexpr (kKBlocks > 1) ptx::wgmma_wait_group<1>();
   }
 
   __device__ __forceinline__ void consume(int warpgroup) const {
+    Weights w;
+    take_weights(w, warpgroup);
     load_columns();
-    const int32_t tiles =
-        first_tile < args.m_tiles ? (args.m_tiles - first_tile + tile_step - 1) / tile_step : 0;
-    const int32_t others = (tiles * n_tiles + warpgroup) / 2;
-    const uint64_t rows_at =
-        ptx::wgmma_descriptor(ptx::shared_address(rows), kQuantizes ? group_bytes() : 8 * kBlockK);
-    const uint32_t k_step = (kQuantizes ? 8 * kBlockK : kRowsBoxBytes) >> 4;
-    const uint64_t slab_at = ptx::wgmma_descriptor(slab);
-    const uint32_t my_staging = staging + threadIdx.x / 32 * (kStagedBoxes * kStagedBytes);
+    const int32_t tiles = rows.tiles();
+    const uint64_t rows_at = ptx::wgmma_descriptor(ptx::shared_address(rows.buffers),
+                                                   kQuantizes ? rows.group_bytes() : 8 * kRowBytes);
+    const uint32_t k_step = (kQuantizes ? 8 * kRowBytes : StationaryRows::kBoxBytes) >> 4;
+    const uint32_t my_staging = staging + warpgroup * (StationaryTile::kStagedBoxes * kStagedBytes);
     RingPlace at;
-    int32_t mine = 0;
-    int32_t t = warpgroup;  // this warpgroup's next tile of columns
-    typename Tile::Sums sums;
+    uint32_t box = 0;
+#pragma unroll 1
     for (int32_t i = 0; i < tiles; ++i) {
-      const int32_t row_first = (first_tile + i * tile_step) * kBlockM;
-      TilePlace place{row_first, 0, {0.0F, 0.0F}};
-      if constexpr (!kQuantizes) {
-        for (int half = 0; half < 2; ++half) {
-          const int32_t row = row_first + Tile::row_of_thread() + half * 8;
-          if (args.epilogue.a_scale != nullptr && row < args.m) {
-            place.row_scale[half] = args.epilogue.a_scale[row];
-          }
-        }
-      }
-      ring.wait_full(at);
-      if (kQuantizes && t < n_tiles) read_scales(at, place.row_scale);
+      rows.ring.wait_full(at);
       if (i + 1 == tiles) ptx::grid_dependency_trigger();
-      const uint64_t a = rows_at + at.stage * (rows_bytes() >> 4);
-      if (t >= n_tiles) free_rows(at);
-      for (; t < n_tiles; t += 2, ++mine) {
-        take_turn(warpgroup, mine, others);
-        for (int32_t b = 0; b < args.k_blocks; ++b) {
-          const int32_t box = t * args.k_blocks + b;
-          if (mine < n_tiles) ptx::mbarrier_wait_parity(slab_full + box * 8, 0);
-          Tile::multiply(sums, a + b * k_step, slab_at + box * (kBoxBytes >> 4), b != 0);
-        }
-        if (args.k_blocks > 1) ptx::wgmma_wait_group<1>();
-        give_turn(warpgroup, mine, others);
+      const uint64_t tile = rows_at + at.stage * (rows.buffer_bytes() >> 4);
+      if (units == 0) tell(rows.ring.empty_at(at));
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (u >= units) break;
+        Sums sums;
+        take_turn(warpgroup, i == 0 && u == 0);
+        multiply(sums, w.held[u], tile, k_step);
+        give_turn(warpgroup, i + 1 == tiles && u + 1 == units);
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_touch(sums);
-        if (t + 2 >= n_tiles) free_rows(at);
-        place.n_first = n_first + t * kBlockN;
-        store(sums, place, t * kBlockN, my_staging);
+        if (u + 1 == units) tell(rows.ring.empty_at(at));
+        // Addresses of every unit's columns would take more registers than are left.
+        int32_t first = u * kUnitColumns + warpgroup * kColumns;
+        ptx::make_opaque(first);
+        store(sums, rows.scales_of(at), (rows.first_tile + i * rows.tile_step) * kTileRows, first,
+              warpgroup, my_staging + box * kStagedBytes);
+        box ^= 1;
       }
-      t -= n_tiles;
       at.next(args.stages);
     }
   }
 
-  // Of kCount groups of eight columns from `first` on.
-  template <int kCount, bool kBias>
-  __device__ __forceinline__ ColumnFactors<kCount> column_factors(int32_t first) const {
-    ColumnFactors<kCount> factors;
-    const int32_t col = first + threadIdx.x % 4 * 2;
+  // Of this thread's two columns, eight apart.
+  struct ColumnFactors {
+    float w_scale[2];
+    float bias[2];
+  };
+  template <bool kBias>
+  __device__ __forceinline__ ColumnFactors column_factors(int32_t first) const {
+    const int32_t col = first + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+    ColumnFactors f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      factors.w_scale[i] = *reinterpret_cast<const float2*>(&w_scales[col + i * 8]);
-      if constexpr (kBias) factors.bias[i] = *reinterpret_cast<const float2*>(&bias[col + i * 8]);
+    for (int half = 0; half < 2; ++half) {
+      f.w_scale[half] = w_scales[col + half * 8];
+      if constexpr (kBias) f.bias[half] = bias[col + half * 8];
     }
-    return factors;
+    return f;
   }
 
-  // `first`: of the tile's columns in the slab.
-  __device__ __forceinline__ void store(const typename Tile::Sums& sums, const TilePlace& place,
-                                        int32_t first, uint32_t my_staging) const {
+  // sums[4 g + 2 h + e]: row 8 g + 2 (lane % 4) + e of the tile, column lane / 4 + 8 h of the
+  // warp's sixteen.
+  template <bool kBias>
+  static __device__ __forceinline__ float scaled(const Sums& sums, int i, const float2& row_scale,
+                                                 const ColumnFactors& f) {
+    const float y = ScaleEpilogue::scaled(sums[i], i % 2 == 0 ? row_scale.x : row_scale.y,
+                                          f.w_scale[i / 2 % 2]);
+    if constexpr (!kBias) return y;
+    return __fadd_rn(y, f.bias[i / 2 % 2]);
+  }
+
+  // `first`: of the product's columns in the block.
+  __device__ __forceinline__ void store(const Sums& sums, const float* scales, int32_t row_first,
+                                        int32_t first, int warpgroup, uint32_t box) const {
     if constexpr (size_of(kOut) == 2) {
       if (args.epilogue.bias == nullptr) {
-        store_16bit<false>(sums, place, first, my_staging);
+        stage<false>(sums, scales, first, box);
       } else {
-        store_16bit<true>(sums, place, first, my_staging);
+        stage<true>(sums, scales, first, box);
+      }
+      ptx::fence_proxy_async();
+      ptx::named_barrier_sync(kStagedBarrier + warpgroup, kWarpgroup);
+      if (threadIdx.x % kWarpgroup == 0) {
+        if (n_first + first < args.n) {
+          ptx::tma_store_2d(&args.out_map, box, n_first + first, row_first);
+        }
+        ptx::bulk_commit_group();
+        // The other box may be written after the next turn, at which the warpgroup meets.
+        ptx::bulk_wait_group_read<StationaryTile::kStagedBoxes - 1>();
       }
     } else {
-#pragma unroll
-      for (int n8 = 0; n8 < kBlockN / 8; n8 += 2) {
-        Tile::template store_groups_32bit<kOut>(sums, args.epilogue, n8,
-                                                column_factors<2, true>(first + n8 * 8), place);
-      }
+      store_32bit(sums, scales, row_first, first);
     }
   }
 
-  // A warp's 16 rows, 64 columns at a time.
+  // 16-bit results of a product to shared memory, a row of the tile a line, swizzled.
   template <bool kBias>
-  __device__ __forceinline__ void store_16bit(const typename Tile::Sums& sums,
-                                              const TilePlace& place, int32_t first,
-                                              uint32_t my_staging) const {
+  __device__ __forceinline__ void stage(const Sums& sums, const float* scales, int32_t first,
+                                        uint32_t box) const {
+    const ColumnFactors factors = column_factors<kBias>(first);
     const int lane = threadIdx.x % 32;
-    const int row = lane / 8 % 2 * 8 + lane % 8;
-    const int32_t warp_row = place.row_first + threadIdx.x / 32 % 4 * kWarpRows;
+    // Matrix lane / 8 of a stmatrix: columns 8 (lane / 8 % 2) .., rows 8 (lane / 16) ...
+    const int row = lane / 16 * 8 + lane % 8;
+    const int chunk = threadIdx.x % kWarpgroup / 32 * 2 + lane / 8 % 2;
+    const uint32_t to = box + row * 128 + ((chunk ^ (row % 8)) * 16);
 #pragma unroll
-    for (int b = 0; b < kBlockN / Tile::kBoxCols; ++b) {
-      const uint32_t to = my_staging + b % kStagedBoxes * kStagedBytes;
-      // The copy engine has read what was staged here before.
-      if (lane == 0) ptx::bulk_wait_group_read<kStagedBoxes - 1>();
-      __syncwarp();
+    for (int g = 0; g < kTileRows / 8; g += 2) {
+      uint32_t words[4];
 #pragma unroll
-      for (int pair = 0; pair < Tile::kBoxCols / 16; ++pair) {
-        const auto factors = column_factors<2, kBias>(first + b * Tile::kBoxCols + pair * 16);
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int n8 = b * Tile::kBoxCols / 8 + pair * 2 + i / 2;
-          const float2 y = Tile::template scaled_pair<2, kBias>(sums, n8, i / 2, i % 2, factors,
-                                                                place.row_scale[i % 2]);
-          words[i] = pack_16bit(kOut, y.x, y.y);
-        }
-        const int chunk = pair * 2 + lane / 16;
-        ptx::stmatrix_x4(to + row * 128 + ((chunk ^ (row % 8)) * 16), words);
+      for (int i = 0; i < 4; ++i) {
+        const float2 row_scale =
+            *reinterpret_cast<const float2*>(&scales[(g + i / 2) * 8 + threadIdx.x % 4 * 2]);
+        const int sum = g * 4 + i * 2;
+        words[i] = pack_16bit(kOut, scaled<kBias>(sums, sum, row_scale, factors),
+                              scaled<kBias>(sums, sum + 1, row_scale, factors));
       }
-      ptx::fence_proxy_async();
-      __syncwarp();
-      if (lane == 0) {
-        const int32_t n = place.n_first + b * Tile::kBoxCols;
-        if (n < args.n && warp_row < args.m) ptx::tma_store_2d(&args.out_map, to, n, warp_row);
-        ptx::bulk_commit_group();
+      ptx::stmatrix_x4_trans(to + g * 8 * 128, words);
+    }
+  }
+
+  // Eight lanes store a sector.
+  __device__ __forceinline__ void store_32bit(const Sums& sums, const float* scales,
+                                              int32_t row_first, int32_t first) const {
+    const ColumnFactors factors = column_factors<true>(first);
+    auto thread = static_cast<int32_t>(threadIdx.x % kWarpgroup);
+    ptx::make_opaque(thread);
+    const int32_t col = n_first + first + thread / 32 * 16 + thread % 32 / 4;
+    const int32_t row = row_first + thread % 4 * 2;
+    using Out = std::conditional_t<kOut == DType::kInt32, int32_t, float>;
+    auto* to = static_cast<Out*>(args.epilogue.out) + int64_t{row} * args.n + col;
+    const float* row_scales = scales + thread % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kTileRows / 2; ++i) {
+      const bool in = row + i / 4 * 8 + i % 2 < args.m && col + i / 2 % 2 * 8 < args.n;
+      Out y;
+      if constexpr (kOut == DType::kInt32) {
+        y = sums[i];
+      } else {
+        y = scaled<true>(sums, i, *reinterpret_cast<const float2*>(row_scales), factors);
       }
+      if (in) to[i % 2 * args.n + i / 2 % 2 * 8] = y;
+      if (i % 4 == 3) to += int64_t{8} * args.n, row_scales += 8;
     }
   }
 
   static __device__ __forceinline__ void run(const GemmArgs& args) {
     extern __shared__ __align__(1024) uint8_t storage[];
     if (threadIdx.x == 0 && ptx::shared_address(storage) % 1024 != 0) __trap();
-    StationaryKernel kernel{args};
-    kernel.cluster = ptx::cluster_blocks();
-    kernel.rank = ptx::cluster_block_rank();
-    const auto cluster_index = static_cast<int32_t>(blockIdx.x / kernel.cluster);
-    const auto clusters = static_cast<int32_t>(gridDim.x / kernel.cluster);
-    const int32_t slab_columns = args.n_tiles * kBlockN;
-    kernel.n_first = (cluster_index % args.n_parts * static_cast<int32_t>(kernel.cluster) +
-                      static_cast<int32_t>(kernel.rank)) *
-                     slab_columns;
-    kernel.n_tiles = min(args.n_tiles, max(0, (args.n - kernel.n_first + kBlockN - 1) / kBlockN));
-    kernel.first_tile = cluster_index / args.n_parts;
-    kernel.tile_step = clusters / args.n_parts;
+    StationaryKernel kernel{args, {args}};
+    StationaryRows& rows = kernel.rows;
+    rows.cluster = ptx::cluster_blocks();
+    rows.rank = ptx::cluster_block_rank();
+    const auto cluster_index = static_cast<int32_t>(blockIdx.x / rows.cluster);
+    const auto clusters = static_cast<int32_t>(gridDim.x / rows.cluster);
+    const int32_t columns = args.n_tiles * kUnitColumns;
+    kernel.n_first = (cluster_index % args.n_parts * static_cast<int32_t>(rows.cluster) +
+                      static_cast<int32_t>(rows.rank)) *
+                     columns;
+    kernel.units =
+        min(args.n_tiles, max(0, (args.n - kernel.n_first + kUnitColumns - 1) / kUnitColumns));
+    rows.first_tile = cluster_index / args.n_parts;
+    rows.tile_step = clusters / args.n_parts;
 
     // What is swizzled comes first, at multiples of 1024.
     uint8_t* at = storage;
@@ -458,68 +340,69 @@ struct StationaryKernel {
       at += bytes;
       return taken;
     };
-    kernel.slab = ptx::shared_address(take(slab_columns * args.k_blocks * kBlockK));
-    kernel.rows = take(args.stages * kernel.rows_bytes());
-    kernel.staging = ptx::shared_address(take(8 * kStagedBoxes * kStagedBytes));
-    kernel.w_scales = reinterpret_cast<float*>(take(slab_columns * 4));
-    kernel.bias = reinterpret_cast<float*>(take(slab_columns * 4));
-    kernel.scales = reinterpret_cast<float*>(take(args.stages * kBlockM * 4));
+    rows.buffers = take(args.stages * rows.buffer_bytes());
+    kernel.staging = ptx::shared_address(take(2 * StationaryTile::kStagedBoxes * kStagedBytes));
+    // The last buffers wait while w lies there.
+    rows.first_late = StationaryTile::early_buffers(args.n_tiles, args.stages);
+    kernel.weights = ptx::shared_address(rows.buffers) + rows.first_late * rows.buffer_bytes();
+    kernel.w_scales = reinterpret_cast<float*>(take(columns * 4));
+    kernel.bias = reinterpret_cast<float*>(take(columns * 4));
+    rows.scales = reinterpret_cast<float*>(take(2 * args.stages * kTileRows * 4));
     auto* const head = reinterpret_cast<Head*>(at);
-    kernel.slab_full = ptx::shared_address(head->slab);
-    kernel.ring = {ptx::shared_address(head->rows.full), ptx::shared_address(head->rows.empty)};
+    kernel.weights_full = ptx::shared_address(&head->weights);
+    rows.room = ptx::shared_address(&head->room);
+    rows.ring = {ptx::shared_address(head->rows.full), ptx::shared_address(head->rows.empty)};
 
     if (threadIdx.x == 0) {
       ptx::prefetch_tensormap(&args.w_map);
       if constexpr (!kQuantizes) ptx::prefetch_tensormap(&args.a_map);
-      for (int s = 0; s < StationaryTile::kMaxRowBuffers; ++s) {
-        // Who announces the bytes, and who writes.
-        ptx::mbarrier_init(kernel.ring.full + s * 8, kQuantizes ? 1 + kWarpgroupThreads : 1);
-        // The warps that multiply, of every block of the cluster.
-        ptx::mbarrier_init(kernel.ring.empty + s * 8, 8 * kFreeing * kernel.cluster);
+      const uint32_t arrivals = kOwnArrivals + kOtherArrivals * (rows.cluster - 1);
+      for (int s = 0; s < args.stages; ++s) {
+        // Who announces the bytes, and who writes beside the copy engine.
+        ptx::mbarrier_init(rows.ring.full + s * 8, 1 + kWriters);
+        ptx::mbarrier_init(rows.ring.empty + s * 8, arrivals);
       }
-      for (int b = 0; b < StationaryTile::kMaxSlabBoxes; ++b) {
-        ptx::mbarrier_init(kernel.slab_full + b * 8, 1);
-      }
+      ptx::mbarrier_init(rows.room, arrivals);
+      ptx::mbarrier_init(kernel.weights_full, 1);
       ptx::fence_mbarrier_init();
     }
-    if (kernel.cluster > 1) {
+    if (rows.cluster > 1) {
       ptx::cluster_sync();
     } else {
       __syncthreads();
     }
     ptx::grid_dependency_wait();
 
-    const int warpgroup = threadIdx.x / kWarpgroupThreads;
-    if (warpgroup >= 2) {
-      ptx::set_max_registers_dec<kProducerRegisters>();
-      if (threadIdx.x == 2 * kWarpgroupThreads) kernel.load_slab();
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    if (warpgroup == 2) {
+      ptx::set_max_registers_dec<kFillerRegisters>();
+      if (threadIdx.x == 2 * kWarpgroup) kernel.load_weights();
       const int warp = threadIdx.x / 32 % 4;
       if constexpr (kSource == Source::kInt8) {
-        if (threadIdx.x == 2 * kWarpgroupThreads) kernel.load_rows();
+        if (threadIdx.x == 2 * kWarpgroup) rows.load();
+        if (warp == 1) rows.load_scales();
       }
-      if constexpr (kSource == Source::kFloat16) {
-        kernel.template quantize_all<__half>(warp);
-      }
+      if constexpr (kSource == Source::kFloat16) rows.template quantize<__half, kKBlocks>(warp);
       if constexpr (kSource == Source::kBFloat16) {
-        kernel.template quantize_all<__nv_bfloat16>(warp);
+        rows.template quantize<__nv_bfloat16, kKBlocks>(warp);
       }
     } else {
       ptx::set_max_registers_inc<kConsumerRegisters>();
       kernel.consume(warpgroup);
       // The block's shared memory must outlive its stores.
-      if (threadIdx.x % 32 == 0) ptx::bulk_wait_group_read<0>();
+      if (threadIdx.x % kWarpgroup == 0) ptx::bulk_wait_group_read<0>();
     }
     // And what its neighbours send to it.
     __syncwarp();
-    if (kernel.cluster > 1) ptx::cluster_sync();
+    if (rows.cluster > 1) ptx::cluster_sync();
   }
 };
 
-template <Source kSource, DType kOut>
+template <Source kSource, DType kOut, int kKBlocks>
 __global__ void __launch_bounds__(StationaryTile::kThreads, 1)
     stationary_kernel(const __grid_constant__ GemmArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  StationaryKernel<kSource, kOut>::run(args);
+  StationaryKernel<kSource, kOut, kKBlocks>::run(args);
 #endif
 }
 
