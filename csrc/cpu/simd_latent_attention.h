@@ -45,16 +45,6 @@ inline float exponential_of(float x) {
   return V::first_lane(exponential<V>(V::broadcast(x)));
 }
 
-// Lanes in their order: the sum does not depend on what else there is to add.
-template <typename V>
-inline float sum_of_lanes(typename V::Float x) {
-  alignas(64) float lanes[V::kLanes];
-  V::store_float32(lanes, x);
-  float sum = 0.0F;
-  for (int i = 0; i < V::kLanes; ++i) sum += lanes[i];
-  return sum;
-}
-
 // ---- weights ----------------------------------------------------------------------------------
 
 // Scores -> exponentials, 0 for tokens outside `seen`; maximum and sum to out[0] and out[1].
@@ -81,7 +71,7 @@ void exponentials(Range seen, int64_t count, float* scores, float* out) {
   for (int64_t t = seen.end; t < padded; ++t) scores[t] = 0.0F;
   for (int64_t t = 0; t < padded; t += V::kLanes) sum = V::add(sum, V::load_float32(scores + t));
   out[0] = largest;
-  out[1] = sum_of_lanes<V>(sum);
+  out[1] = V::sum_of_lanes(sum);
 }
 
 // ---- sums -------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .._checks import MAX_DECODE_QUERIES
+from .decode import Reading, Rows, read_rows
 from .packing import Stored, quantize_stream
 from .spec import LayerSpec, StreamSpec, stream_rank
 
@@ -467,6 +469,9 @@ class LatentCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.positions = self._make_positions()
         self._rotary: tuple[Tensor, Tensor] | None = None
+        # Of this pass, by window; and whether the last one outside of a graph was regular.
+        self._readings: dict[int | None, Reading | None] = {}
+        self._regular: dict[int | None, bool] = {}
 
     def _make_layer(self, spec: LayerSpec, backend: str) -> LatentLayer:
         return LatentLayer(spec, backend)
@@ -535,12 +540,51 @@ class LatentCache(Cache):  # type: ignore[misc]
         self._rotary = None if layer_idx == len(self.layers) - 1 else made
         return made
 
+    def rows(
+        self, layer_idx: int, mask: Tensor | None, window: int | None, query: Tensor
+    ) -> Rows | None:
+        """What the fused kernel is told of this pass, None where it can't be told.
+
+        Note [Rows of a cache] in ``decode``. Read by the first layer of a pass, dropped by the
+        last.
+
+        Args:
+            layer_idx: the layer; it has stored the pass's tokens.
+            mask: as transformers makes it.
+            window: of this layer's attention.
+            query: ``[B, H, q, d]``.
+        """
+        batch, queries = query.shape[0], query.shape[2]
+        if layer_idx == 0:
+            self._readings = {}
+        if window not in self._readings:
+            reading = read_rows(
+                self.positions.view(), self.get_seq_length(), mask, window, batch, queries
+            )
+            if torch.compiler.is_compiling():
+                if reading is not None and self._regular.get(window, False):
+                    torch._assert_async(
+                        reading.regular,
+                        "LatentCache: padding in the middle, in a graph compiled for none",
+                    )
+                else:
+                    reading = None
+            else:
+                self._regular[window] = reading is not None and bool(reading.regular)
+                reading = reading if self._regular[window] else None
+            self._readings[window] = reading
+        found = self._readings[window]
+        if layer_idx == len(self.layers) - 1:
+            self._readings = {}
+        return None if found is None or queries > MAX_DECODE_QUERIES else found.rows
+
     # -- what transformers asks of a cache -------------------------------------------------------
 
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
         self.positions.reset()
+        self._regular = {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``b`` becomes what row ``beam_idx[b]`` was, for beam search."""
