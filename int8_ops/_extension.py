@@ -91,4 +91,6 @@ def register_missing_cuda() -> torch.library.Library:
 
 
 def _refuse_cuda(name: str, *args: Any) -> NoReturn:
-    raise RuntimeError(f"int8_ops.{name}: this op has a CPU kernel and none for CUDA tensors")
+    raise RuntimeError(
+        f"int8_ops.{name}: it has a CPU kernel, and for CUDA tensors the backend triton's"
+    )

@@ -16,6 +16,7 @@ from int8_ops.llama.packing import pack_int4
 from int8_ops.reference import LatentStream
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (2, 6, 8, 32, 64, 64, 80, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Maker:
 
         return [one() for _ in range(self.rng.choice((1, 1, 1, 2, 2, 3)))]
 
-    def random(self, name: str, large: bool = False) -> Problem:
+    def random(self, name: str, sizes: tuple[int, ...] = SIZES) -> Problem:
         rng = self.rng
         batch = rng.choice((1, 1, 2, 3))
         q_len = rng.choice((1, 1, 1, 2, 3, 8, 16))
@@ -184,7 +185,7 @@ class Maker:
         return self.problem(
             name, batch, rng.choice((1, 1, 2, 3)), rng.choice((1, 2, 3)),
             rng.choice((1, 1, 2, 3, 4)),
-            rng.choice((2, 6, 8, 32, 64, 64, 80, 128, 128)), q_len, tokens, self.slices(),
+            rng.choice(sizes), q_len, tokens, self.slices(),
             self.slices(), rng.choice(DTYPES), rng.choice((None, *DTYPES)),
             rng.choice((None, *DTYPES)), rng.random() < 0.5, lengths, starts,
             rng.choice((None, origins)), rng.choice((None, None, 1, 5, 64, 300)),

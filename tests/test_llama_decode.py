@@ -6,7 +6,7 @@ import pytest
 import torch
 from llama_cases import FAMILIES, FOUR, ids_of, make_converted, through_cache
 
-from int8_ops import ops
+from int8_ops import backends
 from int8_ops._cache_names import cache_of, passed
 from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, StaticLatentCache, decode
 
@@ -30,13 +30,13 @@ def choose(model, name):
 def calls(monkeypatch):
     """Counts the kernel's calls."""
     found = []
-    original = ops.latent_attention_decode
+    original = backends.latent_attention_decode
 
     def counted(q, *arguments, **more):
         found.append(q.shape[2])
         return original(q, *arguments, **more)
 
-    monkeypatch.setattr(ops, "latent_attention_decode", counted)
+    monkeypatch.setattr(backends, "latent_attention_decode", counted)
     return found
 
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _extension, ops
+from .. import _extension, backends
 from .._checks import FLOATS, MAX_DECODE_QUERIES, MAX_SLICES
+from ..backends import triton
 from ..reference import LatentStream
 from .packing import Stored
 
@@ -102,10 +103,12 @@ def why_general(
     slices = (*module.spec.k, *module.spec.v)
     if module.decode == "general":
         return "asked for"
-    if device != "cpu" or not _extension.covers(device):
+    if device not in backends.ATTENTION or (device == "cpu" and not _extension.covers(device)):
         return f"no kernel for {device}"
-    if module.backend not in ("auto", device):
+    if module.backend not in ("auto", backends.ATTENTION[device]):
         return f"the backend asked for is {module.backend}"
+    if device == "cuda" and query.shape[3] not in triton.HEAD_SIZES:
+        return f"heads of {query.shape[3]}"
     if tokens <= query.shape[2]:
         return "nothing was cached before"
     if module.config._attn_implementation != "sdpa" or not module.absorbs(options):
@@ -201,7 +204,7 @@ def attend_integers(
     """The kernel, called with what ``attend`` has: ``query [B, H, q, d]`` -> ``[B, q, H, d]``."""
     rope = rope_of(module.rotary_emb)
     assert rope is not None
-    return ops.latent_attention_decode(
+    return backends.latent_attention_decode(
         query,
         _stream(stored[0], a_k),
         _stream(stored[1], a_v),
@@ -212,4 +215,5 @@ def attend_integers(
         rows.origin,
         rope[1],
         module.sliding_window,
+        module.backend,
     )
