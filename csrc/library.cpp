@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(int8_ops, m) {
       "Tensor[] v, Tensor[] v_scale, Tensor[] a_v, Tensor[] a_v_scale, Tensor? v_bias, "
       "Tensor inv_freq, Tensor start, Tensor length, Tensor? origin, "
       "float scaling, float rope_scaling=1.0, int? window=None) -> Tensor");
+  // Bits are named: the widths alone don't say how a latent is cut into slices.
+  m.def(
+      "latent_append(Tensor k, Tensor v, Tensor slots, int[] k_bits, int[] v_bits, "
+      "Tensor(a!)[] k_q, Tensor(b!)[] k_scale, Tensor(c!)[] v_q, Tensor(d!)[] v_scale) -> ()");
 }
 
 // The module holds no Python function: importing it loads the library, whose static initialisers

@@ -347,3 +347,93 @@ def check_latent_attention_decode(
         window is None or window >= 1,
         lambda: f"int8_ops.{op}: expected a window of at least 1, got {window}",
     )
+
+
+def check_append_stream(
+    op: str,
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    bits: Sequence[int],
+    buffers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> None:
+    """New latents ``[B, G, n, rank]`` and the buffers and scales that they go to, a slice each."""
+    check_float(op, name, x.dtype)
+    torch._check(
+        x.dim() == 4,
+        lambda: f"int8_ops.{op}: expected {name} of shape [B, G, n, rank], got {list(x.shape)}",
+    )
+    torch._check(
+        1 <= len(bits) <= MAX_SLICES and len(buffers) == len(scales) == len(bits),
+        lambda: (
+            f"int8_ops.{op}: expected 1 to {MAX_SLICES} slices of {name}, each with bits, a buffer "
+            f"and scales, got {len(bits)}, {len(buffers)} and {len(scales)}"
+        ),
+    )
+    rank = 0
+    for width, q, scale in zip(bits, buffers, scales, strict=True):
+        _check_append_slice(op, name, x, like, width, q, scale)
+        rank += q.shape[3] * (8 // width)
+    torch._check(
+        rank == x.shape[3],
+        lambda: (
+            f"int8_ops.{op}: expected buffers for the {x.shape[3]} numbers of {name}, got some for "
+            f"{rank}"
+        ),
+    )
+
+
+def _check_append_slice(
+    op: str, name: str, x: Tensor, like: Tensor, bits: int, q: Tensor, scale: Tensor
+) -> None:
+    torch._check(
+        bits in (4, 8),
+        lambda: f"int8_ops.{op}: expected bits of {name} of 8 or 4, got {bits}",
+    )
+    check_dtype(op, "a buffer", q, torch.int8)
+    check_dtype(op, "a buffer's scale", scale, torch.float32)
+    check_same_device(op, "a buffer", q, like, "k")
+    check_same_device(op, "a buffer's scale", scale, like, "k")
+    torch._check(
+        q.dim() == 4 and q.shape[:2] == x.shape[:2] and scale.shape == q.shape[:3],
+        lambda: (
+            f"int8_ops.{op}: expected buffers [B, G, S, width] and scales [B, G, S] for {name} "
+            f"{list(x.shape)}, got {list(q.shape)} and {list(scale.shape)}"
+        ),
+    )
+    torch._check(
+        q.stride(3) == 1 and scale.stride(2) == 1,
+        lambda: f"int8_ops.{op}: expected buffers of {name} whose last dimension is contiguous",
+    )
+
+
+def check_latent_append(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_bits: Sequence[int],
+    v_bits: Sequence[int],
+    k_q: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    v_q: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+) -> None:
+    """The arguments of ``latent_append``."""
+    op = "latent_append"
+    check_append_stream(op, "k", k, k, k_bits, k_q, k_scale)
+    check_append_stream(op, "v", v, k, v_bits, v_q, v_scale)
+    room = k_q[0].shape[2]
+    torch._check(
+        k.shape[:3] == v.shape[:3] and all(q.shape[2] == room for q in (*k_q, *v_q)),
+        lambda: (
+            f"int8_ops.{op}: expected k and v of the same B, G, n and S, got {list(k.shape)} and "
+            f"{list(v.shape)} for buffers {list(k_q[0].shape)} and {list(v_q[0].shape)}"
+        ),
+    )
+    check_dtype(op, "slots", slots, torch.int64)
+    check_same_device(op, "slots", slots, k, "k")
+    torch._check(
+        list(slots.shape) == [k.shape[2]],
+        lambda: f"int8_ops.{op}: expected slots of shape [{k.shape[2]}], got {list(slots.shape)}",
+    )

@@ -22,7 +22,7 @@ OP_NAMES = (
     "int8_linear",
 )
 # Those that have CPU kernels alone.
-CPU_OP_NAMES = ("latent_attention_decode",)
+CPU_OP_NAMES = ("latent_attention_decode", "latent_append")
 
 
 class Extension:
@@ -91,6 +91,4 @@ def register_missing_cuda() -> torch.library.Library:
 
 
 def _refuse_cuda(name: str, *args: Any) -> NoReturn:
-    raise RuntimeError(
-        f"int8_ops.{name}: it has a CPU kernel, and for CUDA tensors the backend triton's"
-    )
+    raise RuntimeError(f"int8_ops.{name}: this op has a CPU kernel and none for CUDA tensors")

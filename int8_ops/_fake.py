@@ -93,6 +93,21 @@ def latent_attention_decode(
     return q.new_empty((batch, q_len, heads, size))
 
 
+def latent_append(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_bits: Sequence[int],
+    v_bits: Sequence[int],
+    k_q: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    v_q: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+) -> None:
+    """Nothing to make: the buffers are written."""
+    _checks.check_latent_append(k, v, slots, k_bits, v_bits, k_q, k_scale, v_q, v_scale)
+
+
 def register() -> None:
     """Attach the fakes to the ops; called once, when the package is imported."""
     for fake in (
@@ -103,5 +118,6 @@ def register() -> None:
         int8_scaled_mm,
         int8_linear,
         latent_attention_decode,
+        latent_append,
     ):
         torch.library.register_fake(f"int8_ops::{fake.__name__}", fake)

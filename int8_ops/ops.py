@@ -8,6 +8,7 @@ was expected and what was got; so does the first call when the compiled module d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "int8_linear",
     "int8_mm",
     "int8_scaled_mm",
+    "latent_append",
     "latent_attention_decode",
     "quantize_per_channel",
     "quantize_per_token",
@@ -42,6 +44,7 @@ _int8_mm = _op("int8_mm")
 _int8_scaled_mm = _op("int8_scaled_mm")
 _int8_linear = _op("int8_linear")
 _latent_attention_decode = _op("latent_attention_decode")
+_latent_append = _op("latent_append")
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,3 +224,46 @@ def latent_attention_decode(
         window,
     )
     return out
+
+
+def latent_append(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_bits: Sequence[int],
+    v_bits: Sequence[int],
+    k_q: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    v_q: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+) -> None:
+    """Quantize the latents of new tokens, keys' and values', into slots of a cache, in place.
+
+    The bits are those of ``quantize_per_token`` (8 bits) and of ``int8_ops.llama.packing`` (4), and
+    each slice of each token has a scale of its own. Meant for few tokens; CPU tensors only, so far.
+    It begins at the latents, not at what they are made from: the bits of a float matmul are torch's
+    to choose, those of everything after it are this library's.
+
+    Args:
+        k: floating ``[B, G, n, rank]``, the slices' directions one after another.
+        v: the same of values; its rank and slices may differ.
+        slots: int64 ``[n]``, where each token goes, 0 to S - 1.
+        k_bits: 8 or 4 for each slice of k, 1 to 4 of them.
+        v_bits: of v.
+        k_q: int8 ``[B, G, S, width]`` a slice, as wide as its rank, or half as wide in 4 bits;
+            written, so its last dimension must be contiguous.
+        k_scale: float32 ``[B, G, S]`` a slice, likewise.
+        v_q: of v.
+        v_scale: of v.
+    """
+    _latent_append(
+        k,
+        v,
+        slots,
+        list(k_bits),
+        list(v_bits),
+        list(k_q),
+        list(k_scale),
+        list(v_q),
+        list(v_scale),
+    )

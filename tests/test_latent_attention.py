@@ -108,7 +108,7 @@ def test_two_devices_are_refused():
 @pytest.mark.gpu
 def test_cuda_tensors_are_refused_by_name():
     problem = BASE.map(lambda t: t.to("cuda"))
-    with pytest.raises(RuntimeError, match=f"int8_ops.{OP}: it has a CPU kernel"):
+    with pytest.raises(RuntimeError, match=f"int8_ops.{OP}: this op has a CPU kernel"):
         ops.latent_attention_decode(*problem.arguments)
 
 

@@ -207,6 +207,42 @@ inline void check_latent_stream(const char* op, const StreamTensors& s, const Te
   check_same_device(op, "bias", *s.bias, q, "q");
 }
 
+// New latents [B, G, n, rank], and a stream's buffers [B, G, S, width] with scales [B, G, S], a
+// list entry a slice: int8 as wide as a slice's rank, int4 half as wide. They are written, so they
+// are never copied: a token's values, and scales, must be neighbours.
+inline void check_append_stream(const char* op, const char* name, const Tensor& x,
+                                const Tensor& like, const std::vector<int64_t>& bits,
+                                const std::vector<Tensor>& q, const std::vector<Tensor>& scale) {
+  float_dtype(op, name, x.scalar_type());
+  INT8_OPS_CHECK(x.dim() == 4, op, ": expected ", name, " of shape [B, G, n, rank], got ",
+                 shape_string(x));
+  INT8_OPS_CHECK(!bits.empty() && bits.size() <= static_cast<size_t>(kMaxSlices) &&
+                     q.size() == bits.size() && scale.size() == bits.size(),
+                 op, ": expected 1 to ", kMaxSlices, " slices of ", name,
+                 ", each with bits, a buffer and scales, got ", bits.size(), ", ", q.size(),
+                 " and ", scale.size());
+  int64_t rank = 0;
+  for (size_t i = 0; i < bits.size(); ++i) {
+    INT8_OPS_CHECK(bits[i] == 8 || bits[i] == 4, op, ": expected bits of ", name,
+                   " of 8 or 4, got ", bits[i]);
+    check_dtype(op, "a buffer", q[i], ScalarType::Char);
+    check_dtype(op, "a buffer's scale", scale[i], ScalarType::Float);
+    check_same_device(op, "a buffer", q[i], like, "k");
+    check_same_device(op, "a buffer's scale", scale[i], like, "k");
+    bool same = q[i].dim() == 4 && scale[i].dim() == 3 && q[i].size(0) == x.size(0) &&
+                q[i].size(1) == x.size(1) && q[i].size(2) == q[0].size(2);
+    for (int64_t j = 0; same && j < 3; ++j) same = scale[i].size(j) == q[i].size(j);
+    INT8_OPS_CHECK(same, op, ": expected buffers [B, G, S, width] and scales [B, G, S] for ", name,
+                   " ", shape_string(x), ", got ", shape_string(q[i]), " and ",
+                   shape_string(scale[i]));
+    INT8_OPS_CHECK(q[i].stride(3) == 1 && scale[i].stride(2) == 1, op, ": expected buffers of ",
+                   name, " whose last dimension is contiguous");
+    rank += q[i].size(3) * (8 / bits[i]);
+  }
+  INT8_OPS_CHECK(rank == x.size(3), op, ": expected buffers for the ", x.size(3), " numbers of ",
+                 name, ", got some for ", rank);
+}
+
 inline void check_latent_attention(const char* op, const Tensor& q, const StreamTensors& k,
                                    const StreamTensors& v, const Tensor& inv_freq,
                                    const Tensor& start, const Tensor& length,

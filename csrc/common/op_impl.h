@@ -10,6 +10,7 @@
 //     static void matmul(MatmulParams&);                     // with x set: quantizes it too
 //     static int64_t latent_attention_workspace_bytes(LatentAttentionParams&);
 //     static void latent_attention(LatentAttentionParams&);
+//     static void latent_append(const LatentAppendParams&);
 //   };
 // Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.
 #pragma once
@@ -240,7 +241,63 @@ struct OpImpl {
     return out;
   }
 
+  static void latent_append(const Tensor& k, const Tensor& v, const Tensor& slots,
+                            const std::vector<int64_t>& k_bits, const std::vector<int64_t>& v_bits,
+                            const std::vector<Tensor>& k_q, const std::vector<Tensor>& k_scale,
+                            const std::vector<Tensor>& v_q, const std::vector<Tensor>& v_scale) {
+    constexpr const char* kOp = "latent_append";
+    check_append_stream(kOp, "k", k, k, k_bits, k_q, k_scale);
+    check_append_stream(kOp, "v", v, k, v_bits, v_q, v_scale);
+    bool same = v_q[0].size(2) == k_q[0].size(2);
+    for (int64_t i = 0; i < 3; ++i) same = same && k.size(i) == v.size(i);
+    INT8_OPS_CHECK(same, kOp, ": expected k and v of the same B, G, n and S, got ", shape_string(k),
+                   " and ", shape_string(v), " for buffers ", shape_string(k_q[0]), " and ",
+                   shape_string(v_q[0]));
+    check_dtype(kOp, "slots", slots, ScalarType::Long);
+    check_same_device(kOp, "slots", slots, k, "k");
+    INT8_OPS_CHECK(slots.dim() == 1 && slots.size(0) == k.size(2), kOp,
+                   ": expected slots of shape [", k.size(2), "], got ", shape_string(slots));
+    typename Policy::Guard guard(k);
+    const Tensor k_rows = k.stride(3) == 1 ? k : as_contiguous(k);
+    const Tensor v_rows = v.stride(3) == 1 ? v : as_contiguous(v);
+    const Tensor slots_c = as_contiguous(slots);
+    LatentAppendParams p;
+    p.batch = k.size(0);
+    p.groups = k.size(1);
+    p.tokens = k.size(2);
+    p.capacity = k_q[0].size(2);
+    if (p.batch * p.groups * p.tokens == 0) return;
+    p.slots = slots_c.const_data_ptr<int64_t>();
+    fill_new_latents(k_rows, k_bits, k_q, k_scale, p.k);
+    fill_new_latents(v_rows, v_bits, v_q, v_scale, p.v);
+    p.ctx = Policy::context(k);
+    Policy::latent_append(p);
+  }
+
  private:
+  static void fill_new_latents(const Tensor& x, const std::vector<int64_t>& bits,
+                               const std::vector<Tensor>& q, const std::vector<Tensor>& scale,
+                               NewLatents& out) {
+    out.x = x.const_data_ptr();
+    out.dtype = float_dtype("latent_append", "latents", x.scalar_type());
+    out.batch_stride = x.stride(0);
+    out.group_stride = x.stride(1);
+    out.token_stride = x.stride(2);
+    out.count = static_cast<int64_t>(q.size());
+    for (int64_t i = 0; i < out.count; ++i) {
+      LatentSlots& slice = out.slices[i];
+      slice.q = static_cast<int8_t*>(q[i].mutable_data_ptr());
+      slice.q_batch_stride = q[i].stride(0);
+      slice.q_group_stride = q[i].stride(1);
+      slice.q_token_stride = q[i].stride(2);
+      slice.scale = static_cast<float*>(scale[i].mutable_data_ptr());
+      slice.scale_batch_stride = scale[i].stride(0);
+      slice.scale_group_stride = scale[i].stride(1);
+      slice.packed = bits[i] == 4;
+      slice.rank = q[i].size(3) * (slice.packed ? 2 : 1);
+    }
+  }
+
   // Latents and their scales may be views into a larger cache; only rows that are not whole, or
   // scales that are not neighbours, are copied.
   static void fill_stream(const StreamTensors& s, LatentStream& out, std::vector<Tensor>& kept) {

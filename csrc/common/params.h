@@ -100,6 +100,43 @@ struct LatentStream {
   DType bias_dtype = DType::kFloat32;
 };
 
+// Where one slice of new tokens' latents goes: a cache's buffers.
+struct LatentSlots {
+  int8_t* q = nullptr;         // [batch, groups, capacity, rank], or rank / 2 bytes where packed
+  int64_t q_batch_stride = 0;  // bytes
+  int64_t q_group_stride = 0;
+  int64_t q_token_stride = 0;
+  float* scale = nullptr;          // [batch, groups, capacity], neighbours in the last
+  int64_t scale_batch_stride = 0;  // elements
+  int64_t scale_group_stride = 0;
+  int64_t rank = 0;
+  bool packed = false;  // int4, as in LatentSlice
+};
+
+// New latents [batch, groups, tokens, sum of the slices' ranks], a row's elements neighbours.
+struct NewLatents {
+  const void* x = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch_stride = 0;  // elements
+  int64_t group_stride = 0;
+  int64_t token_stride = 0;
+  LatentSlots slices[kMaxSlices];
+  int64_t count = 0;
+};
+
+// Quantizes new latents of both streams, a slice of a token with a scale of its own, into slots of
+// a cache.
+struct LatentAppendParams {
+  NewLatents k;
+  NewLatents v;
+  const int64_t* slots = nullptr;  // [tokens]
+  int64_t batch = 0;
+  int64_t groups = 0;
+  int64_t tokens = 0;
+  int64_t capacity = 0;
+  ExecContext ctx;
+};
+
 // Attention of q_len new tokens a row over cached latents; int8_ops/ops.py has the semantics.
 struct LatentAttentionParams {
   const void* q = nullptr;  // [batch, heads, q_len, head_dim], rotated; a head's elements in a row

@@ -4,6 +4,7 @@
 #include "../common/op_impl.h"
 #include "../common/quantized_rows.h"
 #include "dispatch.h"
+#include "latent_append.h"
 
 namespace int8_ops::cpu {
 namespace {
@@ -89,6 +90,19 @@ struct CpuPolicy {
         [&](int64_t begin, int64_t end) { table.combine_attention(p, how, begin, end); });
   }
 
+  static void latent_append(const LatentAppendParams& p) {
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      INT8_OPS_CHECK(p.slots[i] >= 0 && p.slots[i] < p.capacity,
+                     "latent_append: expected slots from "
+                     "0 to ",
+                     p.capacity - 1, ", got ", p.slots[i]);
+    }
+    torch::stable::parallel_for(0, p.batch * p.groups * p.tokens, grain(p.k.slices[0].rank),
+                                [&](int64_t begin, int64_t end) {
+                                  append_latents(p, kernels().quantize_rows, begin, end);
+                                });
+  }
+
  private:
   static LatentAttentionPlan plan(const LatentAttentionParams& p) {
     return plan_latent_attention(p, kernels().tile, torch::stable::get_num_threads());
@@ -105,4 +119,5 @@ STABLE_TORCH_LIBRARY_IMPL(int8_ops, CPU, m) {
   using namespace int8_ops;
   INT8_OPS_REGISTER_IMPLS(m, cpu::CpuPolicy);
   m.impl("latent_attention_decode", TORCH_BOX(&OpImpl<cpu::CpuPolicy>::latent_attention_decode));
+  m.impl("latent_append", TORCH_BOX(&OpImpl<cpu::CpuPolicy>::latent_append));
 }

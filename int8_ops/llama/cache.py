@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .._checks import MAX_DECODE_QUERIES
+from .. import _extension, ops
+from .._checks import FLOATS, MAX_DECODE_QUERIES, MAX_SLICES
 from .decode import Reading, Rows, read_rows
 from .packing import Stored, quantize_stream
 from .spec import LayerSpec, StreamSpec, stream_rank
@@ -200,10 +201,59 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self._check(value_states, self.spec.v, "value")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.k = self._append(self.k, quantize_stream(key_states, self.spec.k, self.backend))
-        self.v = self._append(self.v, quantize_stream(value_states, self.spec.v, self.backend))
-        self.length += key_states.shape[2]
+        end = self.length + key_states.shape[2]
+        if self.k and self._takes_op(key_states):
+            self.k, self.v = self._with_room(self.k, end), self._with_room(self.v, end)
+            slots = torch.arange(self.length, end, device=key_states.device)
+            self._append_by_op(key_states, value_states, slots)
+        else:
+            self.k = self._append(self.k, quantize_stream(key_states, self.spec.k, self.backend))
+            self.v = self._append(self.v, quantize_stream(value_states, self.spec.v, self.backend))
+        self.length = end
         return self.stored()
+
+    def _takes_op(self, latent: Tensor) -> bool:
+        """Whether ``latent_append``, one call for both streams, serves these new tokens.
+
+        A compiler has the parts instead, which it may fuse and knows how to write in place.
+        """
+        device, parts = latent.device.type, (*self.spec.k, *self.spec.v)
+        return (
+            device == "cpu"
+            and _extension.covers(device)
+            and self.backend in ("auto", device)
+            and latent.shape[2] <= MAX_DECODE_QUERIES
+            and latent.dtype in FLOATS
+            and all(part.bits != 16 for part in parts)
+            and max(len(self.spec.k), len(self.spec.v)) <= MAX_SLICES
+            and not torch.compiler.is_compiling()
+        )
+
+    def _append_by_op(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        ops.latent_append(
+            k.detach(),
+            v.detach(),
+            slots,
+            [part.bits for part in self.spec.k],
+            [part.bits for part in self.spec.v],
+            *(
+                [t for t in tensors if t is not None]
+                for buffers in (self.k, self.v)
+                for tensors in zip(*buffers, strict=True)
+            ),
+        )
+
+    def _with_room(self, buffers: list[Stored], end: int) -> list[Stored]:
+        if end <= buffers[0][0].shape[2]:
+            return buffers
+        with _lasting():
+            return [
+                (
+                    _grown(q, 2, _capacity(end)),
+                    None if scale is None else _grown(scale, 2, _capacity(end)),
+                )
+                for q, scale in buffers
+            ]
 
     def _append(self, buffers: list[Stored], new: list[Stored]) -> list[Stored]:
         end = self.length + new[0][0].shape[2]
@@ -213,16 +263,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                     (q.new_zeros(_emptied(q)), None if s is None else s.new_zeros(_emptied(s)))
                     for q, s in new
                 ]
-            grown: list[Stored] = []
+            buffers = self._with_room(buffers, end)
             for (q, scale), (new_q, new_scale) in zip(buffers, new, strict=True):
-                if end > q.shape[2]:
-                    q = _grown(q, 2, _capacity(end))
-                    scale = None if scale is None else _grown(scale, 2, _capacity(end))
                 q[:, :, self.length : end] = new_q
                 if scale is not None and new_scale is not None:
                     scale[:, :, self.length : end] = new_scale
-                grown.append((q, scale))
-        return grown
+        return buffers
 
     def stored(self) -> tuple[list[Stored], list[Stored]]:
         """Views of what is kept, keys and values: ``[B, G, length, ...]`` each."""
@@ -393,6 +439,10 @@ class StaticLatentLayer(LatentLayer):
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
         slots = kwargs["slots"] if "slots" in kwargs else self.slots(count)
+        if self._takes_op(key_states):
+            self._append_by_op(key_states, value_states, slots)
+            self.cumulative_length.add_(count)
+            return self.k, self.v
         for buffers, latent, spec in (
             (self.k, key_states, self.spec.k),
             (self.v, value_states, self.spec.v),
