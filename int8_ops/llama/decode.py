@@ -36,7 +36,7 @@ __all__ = ["CHOICES", "FROM_TOKENS", "Rows", "attend_integers", "read_rows", "wh
 # instruction set; None: nowhere, or not measured. benchmarks/bench_decode.py measures it.
 FROM_TOKENS: dict[tuple[str, str], int | None] = {
     ("cpu", "avx512_vnni"): 0,
-    ("cpu", "avx2"): 64,
+    ("cpu", "avx2"): 128,
     ("cpu", "portable"): None,
     ("cuda", ""): None,
 }
