@@ -181,7 +181,7 @@ NVCC_FLAGS = [
 
 # One translation unit an instruction set, each with flags of its own: see csrc/cpu/isa.h.
 CPU_ISA_FLAGS = {
-    "csrc/cpu/avx2.cpp": ["-mavx2", "-mf16c"],
+    "csrc/cpu/avx2.cpp": ["-mavx2", "-mf16c", "-mfma"],
     "csrc/cpu/avx512_vnni.cpp": [
         "-mavx512f",
         "-mavx512bw",

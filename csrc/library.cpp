@@ -14,6 +14,18 @@ STABLE_TORCH_LIBRARY(int8_ops, m) {
   m.def(
       "int8_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, "
       "ScalarType? out_dtype=None) -> Tensor");
+  // Lists: one entry a slice of a latent. Bits are not named: a slice whose rows are half as wide
+  // as its A holds two int4 values a byte.
+  m.def(
+      "latent_attention_decode(Tensor q, "
+      "Tensor[] k, Tensor[] k_scale, Tensor[] a_k, Tensor[] a_k_scale, Tensor? k_bias, "
+      "Tensor[] v, Tensor[] v_scale, Tensor[] a_v, Tensor[] a_v_scale, Tensor? v_bias, "
+      "Tensor inv_freq, Tensor start, Tensor length, Tensor? origin, "
+      "float scaling, float rope_scaling=1.0, int? window=None) -> Tensor");
+  // Bits are named: the widths alone don't say how a latent is cut into slices.
+  m.def(
+      "latent_append(Tensor k, Tensor v, Tensor slots, int[] k_bits, int[] v_bits, "
+      "Tensor(a!)[] k_q, Tensor(b!)[] k_scale, Tensor(c!)[] v_q, Tensor(d!)[] v_scale) -> ()");
 }
 
 // The module holds no Python function: importing it loads the library, whose static initialisers

@@ -6,8 +6,7 @@ from ._version import __version__
 if _extension.core.module is not None:
     _fake.register()
     _autograd.register("int8_ops::int8_linear", inputs=5)
-    if _extension.cuda.module is None:
-        _missing_cuda = _extension.register_missing_cuda()
+    _missing_cuda = _extension.register_missing_cuda()
 
 from . import llama, ops
 from .backends import available_backends, backend_for

@@ -7,12 +7,16 @@ name there (Char).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .reference import MAX_K
+from .reference import MAX_K, LatentStream
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DECODE_QUERIES = 16
+MAX_SLICES = 4
 
 
 def check_float(op: str, name: str, dtype: torch.dtype) -> None:
@@ -198,3 +202,238 @@ def check_int8_linear(
     check_bias(op, bias, w)
     if out_dtype is not None:
         check_float(op, "out_dtype", out_dtype)
+
+
+def check_latent_stream(op: str, name: str, s: LatentStream, q: Tensor) -> None:
+    """The latents, scales, A and bias of keys or values, beside ``q [B, H, q_len, d]``."""
+    count = len(s.q)
+    torch._check(
+        1 <= count <= MAX_SLICES and count == len(s.scale) == len(s.a) == len(s.a_scale),
+        lambda: (
+            f"int8_ops.{op}: expected 1 to {MAX_SLICES} slices of {name}, each with a scale, an A "
+            f"and the scale of that, got {count} latents, {len(s.scale)} scales, {len(s.a)} A and "
+            f"{len(s.a_scale)} scales of A"
+        ),
+    )
+    first = s.q[0]
+    torch._check(
+        first.dim() == 4 and first.shape[0] == q.shape[0] and first.shape[1] > 0,
+        lambda: (
+            f"int8_ops.{op}: expected {name} latents of shape [B, G, S, width] with q's B = "
+            f"{q.shape[0]}, got {list(first.shape)}"
+        ),
+    )
+    a = s.a[0]
+    torch._check(
+        a.dim() == 3
+        and a.shape[0] == first.shape[1]
+        and a.shape[1] > 0
+        and a.shape[1] % q.shape[3] == 0,
+        lambda: (
+            f"int8_ops.{op}: expected A of {name} of shape [G, out, rank] with the latents' G = "
+            f"{first.shape[1]} and out a multiple of d = {q.shape[3]}, got {list(a.shape)}"
+        ),
+    )
+    for parts in zip(*s[:4], strict=True):
+        _check_latent_slice(op, name, parts, first, a, q)
+    if s.bias is None:
+        return
+    bias = s.bias
+    check_float(op, "bias", bias.dtype)
+    torch._check(
+        bias.dim() == 1 and bias.shape[0] == a.shape[0] * a.shape[1],
+        lambda: (
+            f"int8_ops.{op}: expected bias of {name} of shape [{a.shape[0] * a.shape[1]}], got "
+            f"{list(bias.shape)}"
+        ),
+    )
+    check_same_device(op, "bias", bias, q, "q")
+
+
+def _check_latent_slice(
+    op: str, name: str, parts: Sequence[Tensor], first: Tensor, first_a: Tensor, q: Tensor
+) -> None:
+    latent, scale, a, a_scale = parts
+    check_dtype(op, name, latent, torch.int8)
+    check_dtype(op, "the scale of a latent", scale, torch.float32)
+    check_dtype(op, "A", a, torch.int8)
+    check_dtype(op, "the scale of A", a_scale, torch.float32)
+    for t in parts:
+        check_same_device(op, name, t, q, "q")
+    torch._check(
+        latent.dim() == 4
+        and a.dim() == 3
+        and latent.shape[:3] == first.shape[:3]
+        and scale.shape == first.shape[:3]
+        and a.shape[:2] == first_a.shape[:2]
+        and list(a_scale.shape) == [*a.shape[:2], 1],
+        lambda: (
+            f"int8_ops.{op}: expected slices of {name} that agree: latents [B, G, S, width], "
+            "scales [B, G, S], A [G, out, rank], its scales [G, out, 1], got "
+            f"{list(latent.shape)}, {list(scale.shape)}, {list(a.shape)} and "
+            f"{list(a_scale.shape)} after latents {list(first.shape)}"
+        ),
+    )
+    width, rank = latent.shape[3], a.shape[2]
+    torch._check(
+        1 <= rank <= MAX_K and rank in (width, 2 * width),
+        lambda: (
+            f"int8_ops.{op}: expected latents of {name} as wide as A's rank (int8), or half as "
+            f"wide (int4, two a byte), got width {width} and rank {rank}"
+        ),
+    )
+
+
+def _check_row_numbers(op: str, name: str, t: Tensor, q: Tensor) -> None:
+    check_dtype(op, name, t, torch.int32)
+    torch._check(
+        list(t.shape) == [q.shape[0]],
+        lambda: f"int8_ops.{op}: expected {name} of shape [{q.shape[0]}], got {list(t.shape)}",
+    )
+    check_same_device(op, name, t, q, "q")
+
+
+def check_latent_attention_decode(
+    q: Tensor,
+    k: LatentStream,
+    v: LatentStream,
+    inv_freq: Tensor,
+    start: Tensor,
+    length: Tensor,
+    origin: Tensor | None,
+    window: int | None,
+) -> None:
+    """The arguments of ``latent_attention_decode``."""
+    op = "latent_attention_decode"
+    check_float(op, "q", q.dtype)
+    torch._check(
+        q.dim() == 4
+        and 1 <= q.shape[2] <= MAX_DECODE_QUERIES
+        and q.shape[3] >= 2
+        and q.shape[3] % 2 == 0,
+        lambda: (
+            f"int8_ops.{op}: expected q of shape [B, H, q_len, d] with q_len from 1 to "
+            f"{MAX_DECODE_QUERIES} and an even d, got {list(q.shape)}"
+        ),
+    )
+    check_latent_stream(op, "k", k, q)
+    check_latent_stream(op, "v", v, q)
+    a_k, a_v = k.a[0], v.a[0]
+    kv_heads = a_k.shape[0] * a_k.shape[1] // q.shape[3]
+    torch._check(
+        k.q[0].shape[:3] == v.q[0].shape[:3]
+        and a_k.shape[1] == a_v.shape[1]
+        and q.shape[1] % kv_heads == 0,
+        lambda: (
+            f"int8_ops.{op}: expected k and v of the same B, G, S and heads, which divide q's "
+            f"{q.shape[1]}, got latents {list(k.q[0].shape)} and {list(v.q[0].shape)}, A "
+            f"{list(a_k.shape)} and {list(a_v.shape)}"
+        ),
+    )
+    check_dtype(op, "inv_freq", inv_freq, torch.float32)
+    torch._check(
+        inv_freq.dim() == 1 and inv_freq.shape[0] == q.shape[3] // 2,
+        lambda: (
+            f"int8_ops.{op}: expected inv_freq of shape [{q.shape[3] // 2}], got "
+            f"{list(inv_freq.shape)}"
+        ),
+    )
+    check_same_device(op, "inv_freq", inv_freq, q, "q")
+    for name, numbers in (("start", start), ("length", length), ("origin", origin)):
+        if numbers is None:
+            continue
+        _check_row_numbers(op, name, numbers, q)
+    torch._check(
+        window is None or window >= 1,
+        lambda: f"int8_ops.{op}: expected a window of at least 1, got {window}",
+    )
+
+
+def check_append_stream(
+    op: str,
+    name: str,
+    x: Tensor,
+    like: Tensor,
+    bits: Sequence[int],
+    buffers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> None:
+    """New latents ``[B, G, n, rank]`` and the buffers and scales that they go to, a slice each."""
+    check_float(op, name, x.dtype)
+    torch._check(
+        x.dim() == 4,
+        lambda: f"int8_ops.{op}: expected {name} of shape [B, G, n, rank], got {list(x.shape)}",
+    )
+    torch._check(
+        1 <= len(bits) <= MAX_SLICES and len(buffers) == len(scales) == len(bits),
+        lambda: (
+            f"int8_ops.{op}: expected 1 to {MAX_SLICES} slices of {name}, each with bits, a buffer "
+            f"and scales, got {len(bits)}, {len(buffers)} and {len(scales)}"
+        ),
+    )
+    rank = 0
+    for width, q, scale in zip(bits, buffers, scales, strict=True):
+        _check_append_slice(op, name, x, like, width, q, scale)
+        rank += q.shape[3] * (8 // width)
+    torch._check(
+        rank == x.shape[3],
+        lambda: (
+            f"int8_ops.{op}: expected buffers for the {x.shape[3]} numbers of {name}, got some for "
+            f"{rank}"
+        ),
+    )
+
+
+def _check_append_slice(
+    op: str, name: str, x: Tensor, like: Tensor, bits: int, q: Tensor, scale: Tensor
+) -> None:
+    torch._check(
+        bits in (4, 8),
+        lambda: f"int8_ops.{op}: expected bits of {name} of 8 or 4, got {bits}",
+    )
+    check_dtype(op, "a buffer", q, torch.int8)
+    check_dtype(op, "a buffer's scale", scale, torch.float32)
+    check_same_device(op, "a buffer", q, like, "k")
+    check_same_device(op, "a buffer's scale", scale, like, "k")
+    torch._check(
+        q.dim() == 4 and q.shape[:2] == x.shape[:2] and scale.shape == q.shape[:3],
+        lambda: (
+            f"int8_ops.{op}: expected buffers [B, G, S, width] and scales [B, G, S] for {name} "
+            f"{list(x.shape)}, got {list(q.shape)} and {list(scale.shape)}"
+        ),
+    )
+    torch._check(
+        q.stride(3) == 1 and scale.stride(2) == 1,
+        lambda: f"int8_ops.{op}: expected buffers of {name} whose last dimension is contiguous",
+    )
+
+
+def check_latent_append(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_bits: Sequence[int],
+    v_bits: Sequence[int],
+    k_q: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    v_q: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+) -> None:
+    """The arguments of ``latent_append``."""
+    op = "latent_append"
+    check_append_stream(op, "k", k, k, k_bits, k_q, k_scale)
+    check_append_stream(op, "v", v, k, v_bits, v_q, v_scale)
+    room = k_q[0].shape[2]
+    torch._check(
+        k.shape[:3] == v.shape[:3] and all(q.shape[2] == room for q in (*k_q, *v_q)),
+        lambda: (
+            f"int8_ops.{op}: expected k and v of the same B, G, n and S, got {list(k.shape)} and "
+            f"{list(v.shape)} for buffers {list(k_q[0].shape)} and {list(v_q[0].shape)}"
+        ),
+    )
+    check_dtype(op, "slots", slots, torch.int64)
+    check_same_device(op, "slots", slots, k, "k")
+    torch._check(
+        list(slots.shape) == [k.shape[2]],
+        lambda: f"int8_ops.{op}: expected slots of shape [{k.shape[2]}], got {list(slots.shape)}",
+    )

@@ -5,6 +5,7 @@ Importing the modules registers the ops. Nothing here initialises CUDA.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ OP_NAMES = (
     "int8_scaled_mm",
     "int8_linear",
 )
+# Those that have CPU kernels alone.
+CPU_OP_NAMES = ("latent_attention_decode", "latent_append")
 
 
 class Extension:
@@ -80,6 +83,12 @@ def register_missing_cuda() -> torch.library.Library:
     def refuse(*args: Any) -> NoReturn:
         raise RuntimeError(unavailable_reason("cuda"))
 
-    for name in OP_NAMES:
+    for name in OP_NAMES if cuda.module is None else ():
         lib.impl(name, refuse, "CUDA")
+    for name in CPU_OP_NAMES:
+        lib.impl(name, functools.partial(_refuse_cuda, name), "CUDA")
     return lib
+
+
+def _refuse_cuda(name: str, *args: Any) -> NoReturn:
+    raise RuntimeError(f"int8_ops.{name}: this op has a CPU kernel and none for CUDA tensors")

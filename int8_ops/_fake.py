@@ -5,10 +5,13 @@ Registered once; ``torch.compile``, ``torch.export`` and the meta device all com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import _checks
+from .reference import LatentStream
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +65,49 @@ def int8_linear(
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype or x.dtype)
 
 
+def latent_attention_decode(
+    q: Tensor,
+    k: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    a_k: Sequence[Tensor],
+    a_k_scale: Sequence[Tensor],
+    k_bias: Tensor | None,
+    v: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+    a_v: Sequence[Tensor],
+    a_v_scale: Sequence[Tensor],
+    v_bias: Tensor | None,
+    inv_freq: Tensor,
+    start: Tensor,
+    length: Tensor,
+    origin: Tensor | None,
+    scaling: float,
+    rope_scaling: float = 1.0,
+    window: int | None = None,
+) -> Tensor:
+    """``[B, q_len, H, d]`` of q's dtype, without values."""
+    keys = LatentStream(k, k_scale, a_k, a_k_scale, k_bias)
+    values = LatentStream(v, v_scale, a_v, a_v_scale, v_bias)
+    _checks.check_latent_attention_decode(q, keys, values, inv_freq, start, length, origin, window)
+    batch, heads, q_len, size = q.shape
+    return q.new_empty((batch, q_len, heads, size))
+
+
+def latent_append(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_bits: Sequence[int],
+    v_bits: Sequence[int],
+    k_q: Sequence[Tensor],
+    k_scale: Sequence[Tensor],
+    v_q: Sequence[Tensor],
+    v_scale: Sequence[Tensor],
+) -> None:
+    """Nothing to make: the buffers are written."""
+    _checks.check_latent_append(k, v, slots, k_bits, v_bits, k_q, k_scale, v_q, v_scale)
+
+
 def register() -> None:
     """Attach the fakes to the ops; called once, when the package is imported."""
     for fake in (
@@ -71,5 +117,7 @@ def register() -> None:
         int8_mm,
         int8_scaled_mm,
         int8_linear,
+        latent_attention_decode,
+        latent_append,
     ):
         torch.library.register_fake(f"int8_ops::{fake.__name__}", fake)

@@ -18,6 +18,9 @@ FMA), then one rounding to the output dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -97,3 +100,82 @@ def int8_linear(
     """Quantize ``x [..., K]`` per token, multiply, scale, add the bias."""
     q, scale = quantize_per_token(x)
     return int8_scaled_mm(q, w, scale, w_scale, bias, out_dtype or x.dtype)
+
+
+class LatentStream(NamedTuple):
+    """The keys' or the values' latents of all cached tokens, and what rebuilds them: a slice each.
+
+    Attributes:
+        q: int8 ``[B, G, S, r]``, or two int4 values a byte ``[B, G, S, r / 2]``: byte j holds value
+            j in its low half and value j + r/2 in its high half, each in two's complement.
+        scale: float32 ``[B, G, S]``.
+        a: int8 ``[G, out, r]``; ``out`` is the group's KV heads times the head size.
+        a_scale: float32 ``[G, out, 1]``; of keys, rows i and i + d/2 of a head share theirs.
+        bias: floating ``[G * out]``, or None.
+    """
+
+    q: Sequence[Tensor]
+    scale: Sequence[Tensor]
+    a: Sequence[Tensor]
+    a_scale: Sequence[Tensor]
+    bias: Tensor | None = None
+
+
+def rebuild(stream: LatentStream, head_dim: int) -> Tensor:
+    """What the integers mean: float64 ``[B, KV heads, S, head_dim]``, not rotated."""
+    total = torch.zeros((), dtype=torch.float64, device=stream.q[0].device)
+    for q, scale, a, a_scale in zip(*stream[:4], strict=True):
+        if q.shape[-1] != a.shape[-1]:
+            q = torch.cat(((q << 4) >> 4, q >> 4), dim=-1)
+        latent = q.to(torch.float64) * scale.to(torch.float64)[..., None]
+        matrix = a.to(torch.float64) * a_scale.to(torch.float64)
+        total = total + torch.matmul(latent, matrix.transpose(-1, -2))
+    batch, groups, tokens, out = total.shape
+    y = total.view(batch, groups, tokens, out // head_dim, head_dim).transpose(2, 3).flatten(1, 2)
+    if stream.bias is not None:
+        y = y + stream.bias.to(torch.float64).view(-1, 1, head_dim)
+    return y
+
+
+def latent_attention_decode(
+    q: Tensor,
+    k: LatentStream,
+    v: LatentStream,
+    inv_freq: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    origin: Tensor | None = None,
+    rope_scaling: float = 1.0,
+    window: int | None = None,
+) -> Tensor:
+    """Attention over latents, all of it in float64: float64 ``[B, q_len, H, d]``.
+
+    Arguments as ``ops.latent_attention_decode`` has them. Unlike the other functions here this one
+    is not to be met bit for bit: exponentials and sums of floats differ between machines.
+    """
+    _, heads, q_len, size = q.shape
+    keys, values = rebuild(k, size), rebuild(v, size)
+    tokens = torch.arange(keys.shape[2], device=q.device)
+    position = tokens - start.long()[:, None] if origin is None else tokens + origin[:, None]
+    angle = position[:, None, :, None].to(torch.float64) * inv_freq.to(torch.float64)
+    cos, sin = angle.cos() * rope_scaling, angle.sin() * rope_scaling
+    first, second = keys.chunk(2, dim=-1)
+    keys = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    repeats = heads // keys.shape[1]
+    keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
+    scores = torch.matmul(q.to(torch.float64), keys.transpose(2, 3)) * scaling
+    own = (length.long()[:, None] - q_len + torch.arange(q_len, device=q.device))[..., None]
+    seen = (tokens >= start[:, None, None]) & (tokens <= own)
+    if window is not None:
+        seen = seen & (tokens > own - window)
+    seen = seen[:, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = torch.where(seen, (scores - scores.amax(-1, keepdim=True)).exp(), 0.0)
+    weights = weights / weights.sum(-1, keepdim=True)
+    # A query that sees nothing has zeros.
+    weights = torch.where(seen.any(-1, keepdim=True), weights, 0.0)
+    # A token that a query doesn't see may be anything, and 0 times NaN would be NaN.
+    spoiled = torch.matmul(seen.to(torch.float64), values.isnan().to(torch.float64)) > 0
+    output = torch.matmul(weights, values.nan_to_num(nan=0.0))
+    return output.masked_fill(spoiled, torch.nan).transpose(1, 2)

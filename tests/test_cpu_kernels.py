@@ -16,19 +16,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import latent_attention_cases
 import pytest
 import torch
 from torch import Tensor
 
-from int8_ops import _extension, reference
+from int8_ops import _extension, ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS: list[str] = _extension.build_info.require().cpu_isas()
 NATIVE = ISAS[-1]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SWEEP_CASES = {isa: 2400 if isa == NATIVE else 800 for isa in ISAS}
 
 # A failed case in words; a check yields None for each case that passed.
 Outcome = str | None
@@ -292,9 +293,76 @@ def conversions() -> Iterator[Outcome]:
             yield outcome(got, f[:, None].to(dtype), f"store {dtype}, {name}")
 
 
+def latent_attention(cases: int) -> Iterator[Outcome]:
+    """Named and random problems: float sums, so against float64 within what SDPA itself is off."""
+    for problems in latent_attention_cases.named().values():
+        for problem in problems:
+            got = ops.latent_attention_decode(*problem.arguments)
+            yield latent_attention_cases.outcome(got, problem)
+    for i, problem in enumerate(latent_attention_cases.random_problems(cases, seed=24)):
+        torch.set_num_threads(1 + i % 3)
+        got = ops.latent_attention_decode(*problem.arguments)
+        yield latent_attention_cases.outcome(got, problem)
+    torch.set_num_threads(2)
+
+
+def latent_attention_alone() -> Iterator[Outcome]:
+    """A query has the same bits in a batch and alone, padded or not, with others or one by one."""
+    make = latent_attention_cases.Maker(25)
+    for i in range(40):
+        problem = make.random(f"problem {i}")
+        whole = ops.latent_attention_decode(*problem.arguments)
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            got = ops.latent_attention_decode(*problem.arguments)
+            yield outcome(got, whole, f"{problem}: threads={threads}")
+        for b in range(problem.q.shape[0]):
+            row = problem.rows(slice(b, b + 1))
+            alone = ops.latent_attention_decode(*row.arguments)
+            yield outcome(alone, whole[b : b + 1], f"{problem}: row {b} alone")
+            got = ops.latent_attention_decode(*unpadded(row).arguments)
+            yield outcome(got, alone, f"{problem}: row {b} without padding")
+            for n in range(problem.q.shape[2]):
+                one = replace(
+                    row, q=row.q[:, :, n : n + 1], length=row.length - problem.q.shape[2] + n + 1
+                )
+                got = ops.latent_attention_decode(*one.arguments)
+                yield outcome(got, alone[:, n : n + 1], f"{problem}: row {b}, query {n} by itself")
+    torch.set_num_threads(2)
+
+
+def unpadded(row: latent_attention_cases.Problem) -> latent_attention_cases.Problem:
+    """The one row's tokens from its first to its last, in tensors that hold no others."""
+    begin, end = int(row.start), int(row.length)
+    if begin >= end:
+        return row
+
+    def cut(s: reference.LatentStream) -> reference.LatentStream:
+        return s._replace(**{
+            name: [t[:, :, begin:end].contiguous() for t in getattr(s, name)]
+            for name in ("q", "scale")
+        })  # fmt: skip
+
+    return replace(
+        row,
+        k=cut(row.k),
+        v=cut(row.v),
+        start=torch.zeros_like(row.start),
+        length=row.length - begin,
+        origin=(-row.start if row.origin is None else row.origin) + begin,
+    )
+
+
 CHECKS: dict[str, Callable[..., Iterator[Outcome]]] = {
     check.__name__: check
-    for check in (sweep, tiles, largest_k, threads, batch_invariance, halves, conversions)
+    for check in (
+        *(sweep, tiles, largest_k, threads, batch_invariance, halves, conversions),
+        *(latent_attention, latent_attention_alone),
+    )
+}
+COUNTS = {
+    "sweep": {isa: 2400 if isa == NATIVE else 800 for isa in ISAS},
+    "latent_attention": {isa: 500 if isa == NATIVE else 250 for isa in ISAS},
 }
 
 
@@ -303,7 +371,7 @@ def run_all() -> None:
     isa = _extension.build_info.require().cpu_isa()
     found = {}
     for name, check in CHECKS.items():
-        outcomes = list(check(SWEEP_CASES[isa]) if check is sweep else check())
+        outcomes = list(check(COUNTS[name][isa]) if name in COUNTS else check())
         failed = [text for text in outcomes if text is not None]
         found[name] = {"cases": len(outcomes), "failed": len(failed), "first": failed[:5]}
     print(json.dumps({"isa": isa, "checks": found}))
@@ -337,7 +405,7 @@ def results(isa: str) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_same_bits_as_reference(isa: str, check: str) -> None:
     found = results(isa)[check]
-    assert found["cases"] >= (SWEEP_CASES[isa] if check == "sweep" else 8)
+    assert found["cases"] >= (COUNTS[check][isa] if check in COUNTS else 8)
     assert found["failed"] == 0, f"{found['failed']} of {found['cases']} cases: {found['first']}"
 
 
@@ -365,7 +433,7 @@ def test_unknown_isa_is_refused_by_name() -> None:
 def test_isas_are_those_of_the_processor() -> None:
     needed = {
         "portable": set(),
-        "avx2": {"avx2", "f16c"},
+        "avx2": {"avx2", "f16c", "fma"},
         "avx512_vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "f16c"},
     }
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -8,15 +8,13 @@ import pickle
 
 import pytest
 import torch
-from llama_cases import ids_of, make_converted, make_model, through_cache, transformers
+from llama_cases import FOUR, ids_of, make_converted, make_model, through_cache, transformers
 
 from int8_ops._cache_names import cache_argument, cache_of, cache_position, passed
 from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# 4.x wants to be told what 5.x reads from the cache.
-FOUR = transformers.__version__.startswith("4.")
 ACCEPTED = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
 # No end token: every run has the same length.
 OPTIONS = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": 10_000}

@@ -141,7 +141,7 @@ def compile_for(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(kernel.arg_names)
-            if name in types and name not in ("m", "rows")
+            if types.get(name, "fp32") != "fp32" and name not in ("m", "rows")
         },
     )
     target = GPUTarget("cuda", capability, 32)
@@ -222,6 +222,65 @@ def test_quantize_compiles_to_wide_accesses(cols: int) -> None:
     assert ptx.count("div.rn.f32") <= 4
     assert "div.full" not in ptx
     assert ".ftz" not in ptx
+
+
+def compile_attention(capability: int, kernel: object, pointers: str, **meta: object) -> object:
+    """``pointers``: those that have another type than float32, as name=type."""
+    named = dict(pair.split("=") for pair in pointers.split())
+    types = {}
+    for name in kernel.arg_names:
+        if name.isupper() or name in meta:
+            continue
+        kind = f"*{named.get(name, 'fp32')}" if name.endswith("_ptr") else "i32"
+        types[name] = "fp32" if name == "scaling" else kind
+    return compile_for(capability, kernel, types, **meta)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_latent_attention_compiles_to_tensor_cores(
+    capability: int, packed: bool, dtype: str
+) -> None:
+    from int8_ops.backends.triton import attention_kernels as kernels
+    from int8_ops.backends.triton import attention_launch as launch
+
+    own = {
+        "BFLOAT16": dtype == "bf16",
+        "PRECISION": "tf32" if dtype == "fp16" else "ieee",
+        "NATIVE_BFLOAT16": True,
+        "PACKED": packed,
+        "BLOCK_M": 16,
+        "BLOCK_T": launch.BLOCK_T,
+        "num_warps": launch.NUM_WARPS,
+    }
+    numbers = "start_ptr=i32 length_ptr=i32 origin_ptr=i32 latent_ptr=i8 a_ptr=i8"
+    compiled = compile_attention(
+        capability,
+        kernels.scores_kernel,
+        f"{numbers} q_ptr={dtype} bias_ptr={dtype}",
+        **own,
+        ADD=False,
+        HALF=64,
+        BLOCK_K=128,
+    )
+    assert re.search(r"(wgmma\.mma_async|mma\.sync)\S*\.s32\.s8\.s8", compiled.asm["ptx"])
+    limit = (H100 if capability == 90 else A100).smem_bytes
+    assert compiled.metadata.shared <= limit
+    sums = compile_attention(
+        capability, kernels.sums_kernel, numbers, **own, SPLIT=launch.SPLIT, BLOCK_R=128
+    )
+    assert sums.metadata.shared <= limit
+    if dtype == "bf16":
+        assert re.search(r"mma\S*\.f32\.bf16\.bf16", sums.asm["ptx"])
+    compile_attention(
+        capability,
+        kernels.combine_kernel,
+        f"{numbers} out_ptr={dtype}",
+        **{"ADD": False, "LAST": True, "SPLIT": launch.SPLIT, "SIZE": 128, "BLOCK_R": 64},
+        **{"NATIVE_BFLOAT16": True, "num_warps": launch.NUM_WARPS},
+    )
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import functools
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import cases
+import latent_attention_cases as attention
 import numpy as np
 import pytest
 import torch
@@ -245,11 +247,71 @@ def fma_division(device: torch.device) -> None:
         check_quantize(x.to(device))
 
 
+def latent_attention(device: torch.device) -> None:
+    """Named and random problems with heads of sizes that the kernels take."""
+    named = [p for problems in attention.named().values() for p in problems]
+    make = attention.Maker(31)
+    problems = [*named, *(make.random(f"random {i}", sizes=(32, 64, 128)) for i in range(40))]
+    for problem in problems:
+        if device.type == "cpu" and problem.q.numel() * problem.k.q[0].shape[2] > 1 << 19:
+            continue  # the interpreter needs minutes for it
+        here = problem.map(lambda t: t.to(device))
+        got = backend.latent_attention_decode(*here.arguments).cpu()
+        found = attention.outcome(got, problem)
+        assert found is None, found
+
+
+def latent_attention_alone(device: torch.device) -> None:
+    """A row has the same bits alone, and a query those it has without the others."""
+    make = attention.Maker(32)
+    problem = make.problem(
+        "alone", 3, 1, 2, 2, 64, 3, 600, [(8, 32), (4, 32)], [(4, 64)], starts=[0, 5, 90],
+        lengths=[600, 300, 97], v_bias=torch.float32,
+    )  # fmt: skip
+    here = problem.map(lambda t: t.to(device))
+    whole = backend.latent_attention_decode(*here.arguments)
+    for b in range(3):
+        row = here.rows(slice(b, b + 1))
+        assert_same(backend.latent_attention_decode(*row.arguments), whole[b : b + 1].cpu(), b)
+        one = replace(row, q=row.q[:, :, :1], length=row.length - 2)
+        got = backend.latent_attention_decode(*one.arguments)
+        if device.type == "cuda":  # the interpreter's products depend on a row's place in a tile
+            assert_same(got, whole[b : b + 1, :1].cpu(), b)
+        assert torch.allclose(got, whole[b : b + 1, :1], rtol=1e-4, atol=1e-5)
+
+
+def latent_attention_errors(device: torch.device) -> None:
+    problem = attention.Maker(33).problem("errors", tokens=9, size=80).map(lambda t: t.to(device))
+    with pytest.raises(RuntimeError, match=r"takes heads of .*, got 80"):
+        backend.latent_attention_decode(*problem.arguments)
+    with pytest.raises(RuntimeError, match="expected a window of at least 1"):
+        backend.latent_attention_decode(*replace(problem, window=0).arguments)
+
+
+def latent_attention_compiled(device: torch.device) -> None:
+    """Through the package's entry point, as one graph and as torch.library wants its ops."""
+    problem = attention.Maker(34).problem("compiled", 2, tokens=40, v=[(4, 32), (8, 16)])
+    here = problem.map(lambda t: t.to(device))
+
+    def entry(*arguments: object) -> Tensor:
+        return backends.latent_attention_decode(*arguments, "triton")
+
+    compiler = "inductor" if device.type == "cuda" else "aot_eager"
+    got = torch.compile(entry, fullgraph=True, backend=compiler)(*here.arguments)
+    assert attention.outcome(got.cpu(), problem) is None
+    op = torch.ops.int8_ops.latent_attention_decode_via
+    torch.library.opcheck(op, (*here.op_arguments, "triton"))
+
+
 CASES = {
     **{category: functools.partial(named, category) for category in cases.NAMED},
     **{
         case.__name__: case
-        for case in (raster, extremes_more, ties, long_rows, errors, compiled, random_few)
+        for case in (
+            *(raster, extremes_more, ties, long_rows, errors, compiled, random_few),
+            *(latent_attention, latent_attention_alone, latent_attention_errors),
+            latent_attention_compiled,
+        )
     },
 }
 # Last: it changes the interpreter for good.

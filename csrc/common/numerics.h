@@ -16,4 +16,8 @@ inline constexpr float kMinNormalScale = 1.17549435e-38F;
 // 2^14 * K <= 2^31 - 1, that is K <= 131071. Every partial sum then fits too, in any order.
 inline constexpr int64_t kMaxK = 131071;
 
+// latent_attention_decode: what one call takes of new tokens a row, and of slices a stream.
+inline constexpr int64_t kMaxDecodeQueries = 16;
+inline constexpr int64_t kMaxSlices = 4;
+
 }  // namespace int8_ops

@@ -8,6 +8,9 @@
 //     static void dequantize(const DequantizeParams&);
 //     static int64_t matmul_workspace_bytes(MatmulParams&);   // may note a plan in the params
 //     static void matmul(MatmulParams&);                     // with x set: quantizes it too
+//     static int64_t latent_attention_workspace_bytes(LatentAttentionParams&);
+//     static void latent_attention(LatentAttentionParams&);
+//     static void latent_append(const LatentAppendParams&);
 //   };
 // Non-contiguous inputs are copied to contiguous ones first; the kernels see row-major data only.
 #pragma once
@@ -16,6 +19,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 
@@ -185,7 +189,143 @@ struct OpImpl {
     return out;
   }
 
+  static Tensor latent_attention_decode(
+      const Tensor& q, const std::vector<Tensor>& k, const std::vector<Tensor>& k_scale,
+      const std::vector<Tensor>& a_k, const std::vector<Tensor>& a_k_scale,
+      const std::optional<Tensor>& k_bias, const std::vector<Tensor>& v,
+      const std::vector<Tensor>& v_scale, const std::vector<Tensor>& a_v,
+      const std::vector<Tensor>& a_v_scale, const std::optional<Tensor>& v_bias,
+      const Tensor& inv_freq, const Tensor& start, const Tensor& length,
+      const std::optional<Tensor>& origin, double scaling, double rope_scaling,
+      std::optional<int64_t> window) {
+    constexpr const char* kOp = "latent_attention_decode";
+    const StreamTensors keys = {"k", k, k_scale, a_k, a_k_scale, k_bias};
+    const StreamTensors values = {"v", v, v_scale, a_v, a_v_scale, v_bias};
+    check_latent_attention(kOp, q, keys, values, inv_freq, start, length, origin, window);
+    typename Policy::Guard guard(q);
+    std::vector<Tensor> kept;  // copies live until the kernel is launched
+    const auto keep = [&](const Tensor& t) -> const Tensor& {
+      return kept.emplace_back(as_contiguous(t));
+    };
+    LatentAttentionParams p;
+    p.batch = q.size(0);
+    p.heads = q.size(1);
+    p.q_len = q.size(2);
+    p.head_dim = q.size(3);
+    p.groups = k[0].size(1);
+    p.capacity = k[0].size(2);
+    p.kv_heads = p.groups * a_k[0].size(1) / p.head_dim;
+    p.window = window.value_or(0);
+    p.scaling = static_cast<float>(scaling * rope_scaling);
+    fill_stream(keys, p.k, kept);
+    fill_stream(values, p.v, kept);
+    const Tensor q_rows = q.stride(3) == 1 ? q : as_contiguous(q);
+    p.q = q_rows.const_data_ptr();
+    p.q_dtype = float_dtype(kOp, "q", q.scalar_type());
+    p.q_batch_stride = q_rows.stride(0);
+    p.q_head_stride = q_rows.stride(1);
+    p.q_token_stride = q_rows.stride(2);
+    p.inv_freq = keep(inv_freq).template const_data_ptr<float>();
+    p.start = keep(start).template const_data_ptr<int32_t>();
+    p.length = keep(length).template const_data_ptr<int32_t>();
+    if (origin.has_value()) p.origin = keep(*origin).template const_data_ptr<int32_t>();
+    Tensor out =
+        empty_on_device_of(q, Sizes{p.batch, p.q_len, p.heads, p.head_dim}, q.scalar_type());
+    if (p.batch == 0 || p.heads == 0) return out;
+    p.out = out.mutable_data_ptr();
+    p.ctx = Policy::context(q);
+    const Tensor scratch =
+        empty_on_device_of(q, Sizes{Policy::latent_attention_workspace_bytes(p)}, ScalarType::Byte);
+    p.workspace = scratch.mutable_data_ptr();
+    Policy::latent_attention(p);
+    return out;
+  }
+
+  static void latent_append(const Tensor& k, const Tensor& v, const Tensor& slots,
+                            const std::vector<int64_t>& k_bits, const std::vector<int64_t>& v_bits,
+                            const std::vector<Tensor>& k_q, const std::vector<Tensor>& k_scale,
+                            const std::vector<Tensor>& v_q, const std::vector<Tensor>& v_scale) {
+    constexpr const char* kOp = "latent_append";
+    check_append_stream(kOp, "k", k, k, k_bits, k_q, k_scale);
+    check_append_stream(kOp, "v", v, k, v_bits, v_q, v_scale);
+    bool same = v_q[0].size(2) == k_q[0].size(2);
+    for (int64_t i = 0; i < 3; ++i) same = same && k.size(i) == v.size(i);
+    INT8_OPS_CHECK(same, kOp, ": expected k and v of the same B, G, n and S, got ", shape_string(k),
+                   " and ", shape_string(v), " for buffers ", shape_string(k_q[0]), " and ",
+                   shape_string(v_q[0]));
+    check_dtype(kOp, "slots", slots, ScalarType::Long);
+    check_same_device(kOp, "slots", slots, k, "k");
+    INT8_OPS_CHECK(slots.dim() == 1 && slots.size(0) == k.size(2), kOp,
+                   ": expected slots of shape [", k.size(2), "], got ", shape_string(slots));
+    typename Policy::Guard guard(k);
+    const Tensor k_rows = k.stride(3) == 1 ? k : as_contiguous(k);
+    const Tensor v_rows = v.stride(3) == 1 ? v : as_contiguous(v);
+    const Tensor slots_c = as_contiguous(slots);
+    LatentAppendParams p;
+    p.batch = k.size(0);
+    p.groups = k.size(1);
+    p.tokens = k.size(2);
+    p.capacity = k_q[0].size(2);
+    if (p.batch * p.groups * p.tokens == 0) return;
+    p.slots = slots_c.const_data_ptr<int64_t>();
+    fill_new_latents(k_rows, k_bits, k_q, k_scale, p.k);
+    fill_new_latents(v_rows, v_bits, v_q, v_scale, p.v);
+    p.ctx = Policy::context(k);
+    Policy::latent_append(p);
+  }
+
  private:
+  static void fill_new_latents(const Tensor& x, const std::vector<int64_t>& bits,
+                               const std::vector<Tensor>& q, const std::vector<Tensor>& scale,
+                               NewLatents& out) {
+    out.x = x.const_data_ptr();
+    out.dtype = float_dtype("latent_append", "latents", x.scalar_type());
+    out.batch_stride = x.stride(0);
+    out.group_stride = x.stride(1);
+    out.token_stride = x.stride(2);
+    out.count = static_cast<int64_t>(q.size());
+    for (int64_t i = 0; i < out.count; ++i) {
+      LatentSlots& slice = out.slices[i];
+      slice.q = static_cast<int8_t*>(q[i].mutable_data_ptr());
+      slice.q_batch_stride = q[i].stride(0);
+      slice.q_group_stride = q[i].stride(1);
+      slice.q_token_stride = q[i].stride(2);
+      slice.scale = static_cast<float*>(scale[i].mutable_data_ptr());
+      slice.scale_batch_stride = scale[i].stride(0);
+      slice.scale_group_stride = scale[i].stride(1);
+      slice.packed = bits[i] == 4;
+      slice.rank = q[i].size(3) * (slice.packed ? 2 : 1);
+    }
+  }
+
+  // Latents and their scales may be views into a larger cache; only rows that are not whole, or
+  // scales that are not neighbours, are copied.
+  static void fill_stream(const StreamTensors& s, LatentStream& out, std::vector<Tensor>& kept) {
+    const auto keep = [&](const Tensor& t, bool as_it_is) -> const Tensor& {
+      return kept.emplace_back(as_it_is ? t : as_contiguous(t));
+    };
+    out.count = static_cast<int64_t>(s.q.size());
+    for (int64_t i = 0; i < out.count; ++i) {
+      LatentSlice& slice = out.slices[i];
+      const Tensor q = keep(s.q[i], s.q[i].stride(3) == 1);
+      slice.q = q.const_data_ptr<int8_t>();
+      slice.q_batch_stride = q.stride(0);
+      slice.q_group_stride = q.stride(1);
+      slice.q_token_stride = q.stride(2);
+      const Tensor scale = keep(s.scale[i], s.scale[i].stride(2) == 1);
+      slice.scale = scale.const_data_ptr<float>();
+      slice.scale_batch_stride = scale.stride(0);
+      slice.scale_group_stride = scale.stride(1);
+      slice.a = keep(s.a[i], false).template const_data_ptr<int8_t>();
+      slice.a_scale = keep(s.a_scale[i], false).template const_data_ptr<float>();
+      slice.rank = s.a[i].size(2);
+      slice.packed = s.q[i].size(3) != slice.rank;
+    }
+    if (!s.bias.has_value()) return;
+    out.bias = keep(*s.bias, false).const_data_ptr();
+    out.bias_dtype = float_dtype("bias", "bias", s.bias->scalar_type());
+  }
+
   // Scale and bias made contiguous, kept alive while the kernel is launched.
   struct Epilogue {
     Epilogue(const Tensor& w_scale_in, const std::optional<Tensor>& bias_in)
@@ -258,7 +398,8 @@ struct OpImpl {
   }
 };
 
-// Registers every op of a device module; Policy as above.
+// Registers the ops that every device module has; Policy as above. What a policy lacks is not
+// instantiated, so that a device may come without some of the others.
 #define INT8_OPS_REGISTER_IMPLS(m, Policy)                                          \
   m.impl("quantize_per_token", TORCH_BOX(&OpImpl<Policy>::quantize_per_token));     \
   m.impl("quantize_per_channel", TORCH_BOX(&OpImpl<Policy>::quantize_per_channel)); \

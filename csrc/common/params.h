@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "numerics.h"
+
 namespace int8_ops {
 
 // Element types that cross the door between torch and the kernels.
@@ -72,6 +74,94 @@ struct MatmulParams {
   int32_t plan_tile = -1;
   int32_t plan_splits = 0;
   bool plan_pass = false;
+  ExecContext ctx;
+};
+
+// One slice of a latent: the cached integers of all tokens, and what rebuilds keys or values.
+struct LatentSlice {
+  const int8_t* q = nullptr;   // [batch, groups, tokens, rank], or rank / 2 bytes where packed
+  int64_t q_batch_stride = 0;  // bytes
+  int64_t q_group_stride = 0;
+  int64_t q_token_stride = 0;
+  const float* scale = nullptr;    // [batch, groups, tokens], a token's next to the last one's
+  int64_t scale_batch_stride = 0;  // elements
+  int64_t scale_group_stride = 0;
+  const int8_t* a = nullptr;       // [groups, kv_heads / groups * head_dim, rank]
+  const float* a_scale = nullptr;  // a float a row of a
+  int64_t rank = 0;
+  bool packed = false;  // int4: byte j holds value j (low half) and j + rank / 2 (high half)
+};
+
+// The keys' or the values' latents.
+struct LatentStream {
+  LatentSlice slices[kMaxSlices];
+  int64_t count = 0;
+  const void* bias = nullptr;  // [kv_heads, head_dim] or absent
+  DType bias_dtype = DType::kFloat32;
+};
+
+// Where one slice of new tokens' latents goes: a cache's buffers.
+struct LatentSlots {
+  int8_t* q = nullptr;         // [batch, groups, capacity, rank], or rank / 2 bytes where packed
+  int64_t q_batch_stride = 0;  // bytes
+  int64_t q_group_stride = 0;
+  int64_t q_token_stride = 0;
+  float* scale = nullptr;          // [batch, groups, capacity], neighbours in the last
+  int64_t scale_batch_stride = 0;  // elements
+  int64_t scale_group_stride = 0;
+  int64_t rank = 0;
+  bool packed = false;  // int4, as in LatentSlice
+};
+
+// New latents [batch, groups, tokens, sum of the slices' ranks], a row's elements neighbours.
+struct NewLatents {
+  const void* x = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch_stride = 0;  // elements
+  int64_t group_stride = 0;
+  int64_t token_stride = 0;
+  LatentSlots slices[kMaxSlices];
+  int64_t count = 0;
+};
+
+// Quantizes new latents of both streams, a slice of a token with a scale of its own, into slots of
+// a cache.
+struct LatentAppendParams {
+  NewLatents k;
+  NewLatents v;
+  const int64_t* slots = nullptr;  // [tokens]
+  int64_t batch = 0;
+  int64_t groups = 0;
+  int64_t tokens = 0;
+  int64_t capacity = 0;
+  ExecContext ctx;
+};
+
+// Attention of q_len new tokens a row over cached latents; int8_ops/ops.py has the semantics.
+struct LatentAttentionParams {
+  const void* q = nullptr;  // [batch, heads, q_len, head_dim], rotated; a head's elements in a row
+  DType q_dtype = DType::kFloat32;
+  int64_t q_batch_stride = 0;  // elements
+  int64_t q_head_stride = 0;
+  int64_t q_token_stride = 0;
+  void* out = nullptr;  // [batch, q_len, heads, head_dim] in q_dtype, contiguous
+  LatentStream k;
+  LatentStream v;
+  const float* inv_freq = nullptr;  // [head_dim / 2]
+  const int32_t* start = nullptr;   // [batch]: the first token that is not padding
+  const int32_t* length =
+      nullptr;  // [batch]: valid tokens; the last q_len of them are the new ones
+  const int32_t* origin = nullptr;  // [batch]: RoPE position of token 0; absent: -start
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t groups = 0;
+  int64_t q_len = 0;
+  int64_t head_dim = 0;
+  int64_t capacity = 0;  // tokens that the latents' tensors hold
+  int64_t window = 0;    // tokens a query sees, its own included; 0: all
+  float scaling = 1.0F;  // of the scores, RoPE's own factor included
+  void* workspace = nullptr;
   ExecContext ctx;
 };
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../common/params.h"
+#include "latent_attention_plan.h"
 #include "matmul_plan.h"
 
 namespace int8_ops::cpu {
@@ -30,7 +31,24 @@ struct KernelTable {
                           int64_t end);
   // One task of the plan, after every row block has been packed.
   void (*matmul_task)(const MatmulParams& p, const MatmulPlan& plan, int64_t task);
+
+  // latent_attention_decode, in this order: see Note [Splits of a row] in latent_attention_plan.h.
+  // The keys' A of KV heads [begin, end) into the workspace. Null where tile.max_rows is 0.
+  void (*pack_keys)(const LatentAttentionParams& p, const LatentAttentionPlan& plan, int64_t begin,
+                    int64_t end);
+  // One task of the plan; its base angles are in the scratch already.
+  void (*attend_split)(const LatentAttentionParams& p, const LatentAttentionPlan& plan,
+                       int64_t task, char* scratch);
+  // Rows times KV heads [begin, end), after every task: to out.
+  void (*combine_attention)(const LatentAttentionParams& p, const LatentAttentionPlan& plan,
+                            int64_t begin, int64_t end);
 };
+
+// Of portable_latent_attention.cpp.
+void attend_split_portable(const LatentAttentionParams& p, const LatentAttentionPlan& plan,
+                           int64_t task, char* scratch);
+void combine_attention_portable(const LatentAttentionParams& p, const LatentAttentionPlan& plan,
+                                int64_t begin, int64_t end);
 
 extern const KernelTable kPortableKernels;
 #if defined(__x86_64__)

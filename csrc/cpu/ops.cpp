@@ -4,6 +4,7 @@
 #include "../common/op_impl.h"
 #include "../common/quantized_rows.h"
 #include "dispatch.h"
+#include "latent_append.h"
 
 namespace int8_ops::cpu {
 namespace {
@@ -59,7 +60,53 @@ struct CpuPolicy {
     });
   }
 
+  static int64_t latent_attention_workspace_bytes(const LatentAttentionParams& p) {
+    return plan(p).workspace_bytes;
+  }
+
+  static void latent_attention(const LatentAttentionParams& p) {
+    const KernelTable& table = kernels();
+    const LatentAttentionPlan how = plan(p);
+    auto* base = static_cast<char*>(p.workspace);
+    fill_offset_table(p, how);
+    if (table.pack_keys != nullptr) {
+      const int64_t elements = how.tasks > 0 ? p.k.slices[0].rank * p.head_dim : 1;
+      torch::stable::parallel_for(
+          0, how.tasks > 0 ? p.kv_heads : 0, grain(elements),
+          [&](int64_t begin, int64_t end) { table.pack_keys(p, how, begin, end); });
+    }
+    torch::stable::parallel_for(0, how.workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        char* scratch = base + how.scratch + worker * how.scratch_bytes;
+        const Range tasks = part_of(how.tasks, how.workers, worker);
+        for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+          fill_base_angles(p, how, task, scratch);
+          table.attend_split(p, how, task, scratch);
+        }
+      }
+    });
+    torch::stable::parallel_for(
+        0, p.batch * p.kv_heads, grain(p.v.slices[0].rank * p.head_dim * how.head_rows),
+        [&](int64_t begin, int64_t end) { table.combine_attention(p, how, begin, end); });
+  }
+
+  static void latent_append(const LatentAppendParams& p) {
+    for (int64_t i = 0; i < p.tokens; ++i) {
+      INT8_OPS_CHECK(p.slots[i] >= 0 && p.slots[i] < p.capacity,
+                     "latent_append: expected slots from "
+                     "0 to ",
+                     p.capacity - 1, ", got ", p.slots[i]);
+    }
+    torch::stable::parallel_for(0, p.batch * p.groups * p.tokens, grain(p.k.slices[0].rank),
+                                [&](int64_t begin, int64_t end) {
+                                  append_latents(p, kernels().quantize_rows, begin, end);
+                                });
+  }
+
  private:
+  static LatentAttentionPlan plan(const LatentAttentionParams& p) {
+    return plan_latent_attention(p, kernels().tile, torch::stable::get_num_threads());
+  }
   static MatmulPlan plan(const MatmulParams& p) {
     return plan_matmul(p.m, p.n, p.k, kernels().tile, torch::stable::get_num_threads());
   }
@@ -71,4 +118,6 @@ struct CpuPolicy {
 STABLE_TORCH_LIBRARY_IMPL(int8_ops, CPU, m) {
   using namespace int8_ops;
   INT8_OPS_REGISTER_IMPLS(m, cpu::CpuPolicy);
+  m.impl("latent_attention_decode", TORCH_BOX(&OpImpl<cpu::CpuPolicy>::latent_attention_decode));
+  m.impl("latent_append", TORCH_BOX(&OpImpl<cpu::CpuPolicy>::latent_append));
 }

@@ -1,4 +1,4 @@
-// Vector ops of AVX2 with F16C, as the simd_*.h drivers want them.
+// Vector ops of AVX2 with F16C and FMA, as the simd_*.h drivers want them.
 #pragma once
 
 #include <immintrin.h>
@@ -25,6 +25,9 @@ struct Avx2 {
   static constexpr int kDotRows = 2;
   static constexpr int kDotColsOneRow = 4;
   static constexpr int kDotMaxRows = 6;
+  // The float tile of weights times latents: 6 x 2 sums, 2 vectors of latents and a broadcast.
+  static constexpr int kMixRows = 6;
+  static constexpr int kMixVectors = 2;
 
   static Int zero() { return _mm256_setzero_si256(); }
   static Int broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
@@ -97,12 +100,27 @@ struct Avx2 {
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  // a * b + c, rounded once.
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  // b where either is NaN.
+  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  // 2 to the power of a whole number from -126 to 127.
+  static Float power_of_two(Float whole) {
+    const Int biased = _mm256_add_epi32(to_int(whole), broadcast_int(127));
+    return bits_to_float(_mm256_slli_epi32(biased, 23));
+  }
   static Float round(Float x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static Int to_int(Float integer) { return _mm256_cvttps_epi32(integer); }
   static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
   static float first_lane(Float x) { return _mm256_cvtss_f32(x); }
+  // Always in the same order.
+  static float sum_of_lanes(Float x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
   static Float bits_to_float(Int x) { return _mm256_castsi256_ps(x); }
   static Int float_bits(Float x) { return _mm256_castps_si256(x); }
   static Int magnitude_bits(Float x) {

@@ -26,6 +26,9 @@ struct Avx512Vnni {
   static constexpr int kDotRows = 4;
   static constexpr int kDotColsOneRow = 8;
   static constexpr int kDotMaxRows = 12;
+  // The float tile of weights times latents: 6 x 4 sums, 4 vectors of latents and a broadcast.
+  static constexpr int kMixRows = 6;
+  static constexpr int kMixVectors = 4;
 
   static Int zero() { return _mm512_setzero_si512(); }
   static Int broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
@@ -86,12 +89,20 @@ struct Avx512Vnni {
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  // a * b + c, rounded once.
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  // b where either is NaN.
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  // 2 to the power of a whole number from -126 to 127.
+  static Float power_of_two(Float whole) { return _mm512_scalef_ps(_mm512_set1_ps(1.0F), whole); }
   static Float round(Float x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static Int to_int(Float integer) { return _mm512_cvttps_epi32(integer); }
   static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
   static float first_lane(Float x) { return _mm512_cvtss_f32(x); }
+  // Always in the same order.
+  static float sum_of_lanes(Float x) { return _mm512_reduce_add_ps(x); }
   static Float bits_to_float(Int x) { return _mm512_castsi512_ps(x); }
   static Int float_bits(Float x) { return _mm512_castps_si512(x); }
   static Int magnitude_bits(Float x) {

@@ -312,12 +312,5 @@ void matmul_task(const MatmulParams& p, const MatmulPlan& plan, int64_t task) {
   }
 }
 
-template <typename V>
-constexpr KernelTable simd_table(const char* isa) {
-  const TileShape tile = {V::kTileRows, V::kTileCols, V::kGroup, V::kChunk, V::kDotMaxRows};
-  return {isa,  quantize_rows<V>, quantize_cols<V>,   dequantize<V>,
-          tile, matmul_dot<V>,    pack_row_blocks<V>, matmul_task<V>};
-}
-
 }  // namespace
 }  // namespace int8_ops::cpu

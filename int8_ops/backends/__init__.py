@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import _autograd, _extension, _fake
+from ..reference import LatentStream
 
 __all__ = ["Backend", "available_backends", "backend_for"]
 
@@ -65,6 +66,29 @@ class Backend(Protocol):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``x [..., K]`` -> ``out_dtype`` (x's by default) ``[..., N]``."""
+
+
+class AttentionBackend(Protocol):
+    """A backend that has attention over latents, as ``ATTENTION`` names them."""
+
+    def latent_attention_decode(
+        self,
+        q: Tensor,
+        k: LatentStream,
+        v: LatentStream,
+        inv_freq: Tensor,
+        start: Tensor,
+        length: Tensor,
+        scaling: float,
+        origin: Tensor | None,
+        rope_scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """As ``ops.latent_attention_decode``."""
+
+
+# Who attends over latents, by device.
+ATTENTION = {"cpu": "cpu", "cuda": "triton"}
 
 
 _MODULES = {
@@ -166,6 +190,13 @@ _LIB.define(
     "int8_linear_via(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, ScalarType? out_dtype, "
     "str backend) -> Tensor"
 )
+_LIB.define(
+    "latent_attention_decode_via(Tensor q, "
+    "Tensor[] k, Tensor[] k_scale, Tensor[] a_k, Tensor[] a_k_scale, Tensor? k_bias, "
+    "Tensor[] v, Tensor[] v_scale, Tensor[] a_v, Tensor[] a_v_scale, Tensor? v_bias, "
+    "Tensor inv_freq, Tensor start, Tensor length, Tensor? origin, "
+    "float scaling, float rope_scaling, int? window, str backend) -> Tensor"
+)
 
 
 def _quantize_per_token_via(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -199,11 +230,21 @@ def _int8_linear_via(
     return select(backend, x.device).int8_linear(x, w, w_scale, bias, out_dtype)
 
 
+def _latent_attention_decode_via(q: Tensor, *arguments: Any) -> Tensor:
+    k, v = LatentStream(*arguments[:5]), LatentStream(*arguments[5:10])
+    inv_freq, start, length, origin, scaling, rope_scaling, window, backend = arguments[10:]
+    module = cast("AttentionBackend", select(backend, q.device))
+    return module.latent_attention_decode(
+        q, k, v, inv_freq, start, length, scaling, origin, rope_scaling, window
+    )
+
+
 for _via, _fake_fn in (
     (_quantize_per_token_via, lambda x, backend: _fake.quantize_per_token(x)),
     (_quantize_per_channel_via, lambda w, axis, backend: _fake.quantize_per_channel(w, axis)),
     (_int8_scaled_mm_via, lambda *args: _fake.int8_scaled_mm(*args[:-1])),
     (_int8_linear_via, lambda *args: _fake.int8_linear(*args[:-1])),
+    (_latent_attention_decode_via, lambda *args: _fake.latent_attention_decode(*args[:-1])),
 ):
     _name = _via.__name__.removeprefix("_")
     _LIB.impl(_name, _via, "CompositeExplicitAutograd")
@@ -335,4 +376,30 @@ def int8_linear(
         out = torch.ops.int8_ops.int8_linear.default(x, w, w_scale, bias, out_dtype)
     else:
         out = torch.ops.int8_ops.int8_linear_via.default(x, w, w_scale, bias, out_dtype, backend)
+    return out
+
+
+def latent_attention_decode(
+    q: Tensor,
+    k: LatentStream,
+    v: LatentStream,
+    inv_freq: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    origin: Tensor | None,
+    rope_scaling: float,
+    window: int | None,
+    backend: str,
+) -> Tensor:
+    """By name (``"auto"``: as ``ATTENTION`` has it), traceable, without gradient."""
+    name = ATTENTION[q.device.type] if backend == "auto" else backend
+    arguments = (
+        *(q, *(list(part) for part in k[:4]), k.bias, *(list(part) for part in v[:4]), v.bias),
+        *(inv_freq, start, length, origin, scaling, rope_scaling, window),
+    )
+    if _is_native(name, q.device.type):
+        out: Tensor = torch.ops.int8_ops.latent_attention_decode.default(*arguments)
+    else:
+        out = torch.ops.int8_ops.latent_attention_decode_via.default(*arguments, name)
     return out

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backends
 from ..quantizer import INT8Quantizer, Quantizer, StraightThrough
+from . import decode
 from .packing import Stored, dequantize_slice, integers_of, quantize_stream
 from .rounding import round_with_feedback
 from .spec import LayerSpec, Slice, StreamSpec, stream_rank
@@ -339,7 +340,7 @@ def attend(
     mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend to stored latents. The seam: a fused kernel takes these arguments and no others.
+    """Attend to stored latents, with any mask and positions: the general path.
 
     Keys are rebuilt from the integers for this pass and dropped; nothing is quantized. So are
     values, unless there is one query: then the probabilities are applied to the latents, and A to
@@ -448,6 +449,11 @@ class LatentAttention(nn.Module):
         spec: how the latents are stored.
         rotary_emb: the model's rotary embedding; referred to, not owned.
         backend: ``"auto"`` or a backend's name (``int8_ops.backends``).
+
+    Attributes:
+        decode: of passes of few new tokens through a cache, ``"auto"``: whichever path was measured
+            to be faster (``decode.FROM_TOKENS``); ``"kernel"``: the fused kernel wherever it can;
+            ``"general"``: never.
     """
 
     def __init__(
@@ -459,6 +465,7 @@ class LatentAttention(nn.Module):
         self.config = config
         self.layer_idx: int = original.layer_idx  # type: ignore[assignment]
         self.spec, self.backend = spec, backends.check_name(backend)
+        self.decode = "auto"
         k_proj: Any = original.k_proj
         self.head_dim: int = original.head_dim  # type: ignore[assignment]
         self.num_kv_heads = k_proj.out_features // self.head_dim
@@ -490,6 +497,11 @@ class LatentAttention(nn.Module):
     def set_rotary(self, rotary_emb: nn.Module) -> None:
         """Refer to the model's rotary embedding: in a tuple, so that it is not a child of this."""
         self._rotary_emb = (rotary_emb,)
+
+    @property
+    def rotary_emb(self) -> nn.Module:
+        """The model's."""
+        return self._rotary_emb[0]
 
     def absorbs(self, options: dict[str, Any]) -> bool:
         """Whether a step may go around transformers' attention function: plain softmax attention.
@@ -546,10 +558,21 @@ class LatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache)
             stored = cache.update(k_latent, v_latent, self.layer_idx, position_ids=position_ids)
-            rotary = cache.rotary(self.layer_idx, self._rotary_emb[0], hidden_states)
-            output, weights = attend(
-                self, query, stored, k_proj, v_proj, rotary, attention_mask, **options
-            )
+            tokens, rows = stored[0][0][0].shape[2], None
+            if decode.why_general(self, query, tokens, options) is None:
+                rows = cache.rows(self.layer_idx, attention_mask, self.sliding_window, query)
+            if rows is not None:
+                output, weights = (
+                    decode.attend_integers(
+                        self, query, stored, k_proj, v_proj, rows, options["scaling"]
+                    ),
+                    None,
+                )
+            else:
+                rotary = cache.rotary(self.layer_idx, self.rotary_emb, hidden_states)
+                output, weights = attend(
+                    self, query, stored, k_proj, v_proj, rotary, attention_mask, **options
+                )
         else:
             k_stored = quantize_stream(k_latent, self.spec.k, self.backend)
             v_stored = quantize_stream(v_latent, self.spec.v, self.backend)

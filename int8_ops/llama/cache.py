@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .. import _extension, ops
+from .._checks import FLOATS, MAX_DECODE_QUERIES, MAX_SLICES
+from .decode import Reading, Rows, read_rows
 from .packing import Stored, quantize_stream
 from .spec import LayerSpec, StreamSpec, stream_rank
 
@@ -198,10 +201,59 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self._check(value_states, self.spec.v, "value")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.k = self._append(self.k, quantize_stream(key_states, self.spec.k, self.backend))
-        self.v = self._append(self.v, quantize_stream(value_states, self.spec.v, self.backend))
-        self.length += key_states.shape[2]
+        end = self.length + key_states.shape[2]
+        if self.k and self._takes_op(key_states):
+            self.k, self.v = self._with_room(self.k, end), self._with_room(self.v, end)
+            slots = torch.arange(self.length, end, device=key_states.device)
+            self._append_by_op(key_states, value_states, slots)
+        else:
+            self.k = self._append(self.k, quantize_stream(key_states, self.spec.k, self.backend))
+            self.v = self._append(self.v, quantize_stream(value_states, self.spec.v, self.backend))
+        self.length = end
         return self.stored()
+
+    def _takes_op(self, latent: Tensor) -> bool:
+        """Whether ``latent_append``, one call for both streams, serves these new tokens.
+
+        A compiler has the parts instead, which it may fuse and knows how to write in place.
+        """
+        device, parts = latent.device.type, (*self.spec.k, *self.spec.v)
+        return (
+            device == "cpu"
+            and _extension.covers(device)
+            and self.backend in ("auto", device)
+            and latent.shape[2] <= MAX_DECODE_QUERIES
+            and latent.dtype in FLOATS
+            and all(part.bits != 16 for part in parts)
+            and max(len(self.spec.k), len(self.spec.v)) <= MAX_SLICES
+            and not torch.compiler.is_compiling()
+        )
+
+    def _append_by_op(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        ops.latent_append(
+            k.detach(),
+            v.detach(),
+            slots,
+            [part.bits for part in self.spec.k],
+            [part.bits for part in self.spec.v],
+            *(
+                [t for t in tensors if t is not None]
+                for buffers in (self.k, self.v)
+                for tensors in zip(*buffers, strict=True)
+            ),
+        )
+
+    def _with_room(self, buffers: list[Stored], end: int) -> list[Stored]:
+        if end <= buffers[0][0].shape[2]:
+            return buffers
+        with _lasting():
+            return [
+                (
+                    _grown(q, 2, _capacity(end)),
+                    None if scale is None else _grown(scale, 2, _capacity(end)),
+                )
+                for q, scale in buffers
+            ]
 
     def _append(self, buffers: list[Stored], new: list[Stored]) -> list[Stored]:
         end = self.length + new[0][0].shape[2]
@@ -211,16 +263,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                     (q.new_zeros(_emptied(q)), None if s is None else s.new_zeros(_emptied(s)))
                     for q, s in new
                 ]
-            grown: list[Stored] = []
+            buffers = self._with_room(buffers, end)
             for (q, scale), (new_q, new_scale) in zip(buffers, new, strict=True):
-                if end > q.shape[2]:
-                    q = _grown(q, 2, _capacity(end))
-                    scale = None if scale is None else _grown(scale, 2, _capacity(end))
                 q[:, :, self.length : end] = new_q
                 if scale is not None and new_scale is not None:
                     scale[:, :, self.length : end] = new_scale
-                grown.append((q, scale))
-        return grown
+        return buffers
 
     def stored(self) -> tuple[list[Stored], list[Stored]]:
         """Views of what is kept, keys and values: ``[B, G, length, ...]`` each."""
@@ -391,6 +439,10 @@ class StaticLatentLayer(LatentLayer):
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
         slots = kwargs["slots"] if "slots" in kwargs else self.slots(count)
+        if self._takes_op(key_states):
+            self._append_by_op(key_states, value_states, slots)
+            self.cumulative_length.add_(count)
+            return self.k, self.v
         for buffers, latent, spec in (
             (self.k, key_states, self.spec.k),
             (self.v, value_states, self.spec.v),
@@ -467,6 +519,9 @@ class LatentCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.positions = self._make_positions()
         self._rotary: tuple[Tensor, Tensor] | None = None
+        # Of this pass, by window; and whether the last one outside of a graph was regular.
+        self._readings: dict[int | None, Reading | None] = {}
+        self._regular: dict[int | None, bool] = {}
 
     def _make_layer(self, spec: LayerSpec, backend: str) -> LatentLayer:
         return LatentLayer(spec, backend)
@@ -535,12 +590,51 @@ class LatentCache(Cache):  # type: ignore[misc]
         self._rotary = None if layer_idx == len(self.layers) - 1 else made
         return made
 
+    def rows(
+        self, layer_idx: int, mask: Tensor | None, window: int | None, query: Tensor
+    ) -> Rows | None:
+        """What the fused kernel is told of this pass, None where it can't be told.
+
+        Note [Rows of a cache] in ``decode``. Read by the first layer of a pass, dropped by the
+        last.
+
+        Args:
+            layer_idx: the layer; it has stored the pass's tokens.
+            mask: as transformers makes it.
+            window: of this layer's attention.
+            query: ``[B, H, q, d]``.
+        """
+        batch, queries = query.shape[0], query.shape[2]
+        if layer_idx == 0:
+            self._readings = {}
+        if window not in self._readings:
+            reading = read_rows(
+                self.positions.view(), self.get_seq_length(), mask, window, batch, queries
+            )
+            if torch.compiler.is_compiling():
+                if reading is not None and self._regular.get(window, False):
+                    torch._assert_async(
+                        reading.regular,
+                        "LatentCache: padding in the middle, in a graph compiled for none",
+                    )
+                else:
+                    reading = None
+            else:
+                self._regular[window] = reading is not None and bool(reading.regular)
+                reading = reading if self._regular[window] else None
+            self._readings[window] = reading
+        found = self._readings[window]
+        if layer_idx == len(self.layers) - 1:
+            self._readings = {}
+        return None if found is None or queries > MAX_DECODE_QUERIES else found.rows
+
     # -- what transformers asks of a cache -------------------------------------------------------
 
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
         self.positions.reset()
+        self._regular = {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``b`` becomes what row ``beam_idx[b]`` was, for beam search."""

@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from .._cache_names import cache_argument
 from .attention import LatentAttention
+from .decode import MOVING_ROPE
 
 __all__ = ["attention_class", "check_model", "decoder_layers"]
 
@@ -40,9 +41,6 @@ FAMILIES: dict[type[nn.Module], type[LatentAttention]] = {
     MistralAttention: LatentMistralAttention,
     Qwen2Attention: LatentQwen2Attention,
 }
-# Their frequencies follow the length of the sequence: a key rebuilt later would be rotated by other
-# ones than those it was first seen with.
-MOVING_ROPE = ("dynamic", "longrope")
 
 
 def attention_class(attention: nn.Module) -> type[LatentAttention]:

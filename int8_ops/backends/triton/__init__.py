@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from ...reference import LatentStream
 
 MIN_CAPABILITY = (8, 0)
 
@@ -176,4 +177,40 @@ def int8_linear(
             w_scale.contiguous(),
             None if bias is None else bias.contiguous(),
         )
+    return out
+
+
+# A head's halves are the sides of tensor-core tiles.
+HEAD_SIZES = (32, 64, 128, 256)
+
+
+def latent_attention_decode(
+    q: Tensor,
+    k: LatentStream,
+    v: LatentStream,
+    inv_freq: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scaling: float,
+    origin: Tensor | None = None,
+    rope_scaling: float = 1.0,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of a few new tokens a row over integer latents; see ``int8_ops.ops``.
+
+    Raises RuntimeError where an argument is wrong, or a head of another size than 32, 64, 128, 256.
+    """
+    _checks.check_latent_attention_decode(q, k, v, inv_freq, start, length, origin, window)
+    size = q.shape[-1]
+    if size not in HEAD_SIZES:
+        raise RuntimeError(
+            f"int8_ops.latent_attention_decode: the triton backend takes heads of {HEAD_SIZES}, "
+            f"got {size}"
+        )
+    launch = _launch_on(q.device)
+    if q.numel() == 0 or k.q[0].shape[2] == 0:
+        return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], size))
+    attention_launch = importlib.import_module(f"{launch.__package__}.attention_launch")
+    factor = scaling * rope_scaling
+    out: Tensor = attention_launch.decode(q, k, v, inv_freq, start, length, origin, factor, window)
     return out
