@@ -244,6 +244,9 @@ def hopper_cases() -> Iterator[Outcome]:
             yield from forced(plan, 300, 264, k - 16, source, variant + 1)
             if source != torch.float32:
                 yield from forced(plan, rows, 24, 16, source, variant + 2)
+        # Every buffer is used again, and what passes through L2 on its way there.
+        rows = 64 * multiprocessors // tile["cluster"] * 5
+        yield from forced(f"stationary:{index}:1", rows, 24, 128 * tile["cluster"], torch.half, 1)
 
 
 def linear_cases() -> Iterator[Outcome]:
