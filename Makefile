@@ -31,7 +31,7 @@ export PYTHONUNBUFFERED := 1
 COMPUTE_SANITIZER ?= compute-sanitizer
 
 # The time of the GPU tests goes into compiling, on the host: spread them where pytest-xdist is there.
-GPU_TEST_JOBS ?= $(shell $(PY) -c 'import os, xdist; print("-n", min(14, os.cpu_count()))' 2>/dev/null)
+GPU_TEST_JOBS ?= $(shell $(PY) -c 'import os, xdist; print("-n", min(14, os.cpu_count()), "--dist worksteal")' 2>/dev/null)
 
 .PHONY: demo test gpu-test sanitize lint format build clean
 .DEFAULT_GOAL := build
