@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import latent_attention_cases as attention
 import numpy as np
 import pytest
 import torch
+from latent_attention_cases import Problem
 from torch import Tensor
 
 from int8_ops import backends, reference
@@ -247,18 +249,41 @@ def fma_division(device: torch.device) -> None:
         check_quantize(x.to(device))
 
 
-def latent_attention(device: torch.device) -> None:
-    """Named and random problems with heads of sizes that the kernels take."""
-    named = [p for problems in attention.named().values() for p in problems]
-    make = attention.Maker(31)
-    problems = [*named, *(make.random(f"random {i}", sizes=(32, 64, 128)) for i in range(40))]
-    for problem in problems:
+# A GPU compiles kernels for nearly every problem: several workers share them.
+ATTENTION_NAMED = list(attention.named())
+ATTENTION_SEEDS = range(31, 35)
+RANDOM_PER_SEED = 10
+
+
+def latent_attention(problems: Callable[[], list[Problem]], device: torch.device) -> None:
+    for problem in problems():
         if device.type == "cpu" and problem.q.numel() * problem.k.q[0].shape[2] > 1 << 19:
             continue  # the interpreter needs minutes for it
         here = problem.map(lambda t: t.to(device))
         got = backend.latent_attention_decode(*here.arguments).cpu()
         found = attention.outcome(got, problem)
         assert found is None, found
+
+
+def attention_named(category: str) -> list[Problem]:
+    return attention.named()[category]
+
+
+def attention_random(seed: int) -> list[Problem]:
+    """With heads of sizes that the kernels take."""
+    make = attention.Maker(seed)
+    return [make.random(f"random {i}", sizes=(32, 64, 128)) for i in range(RANDOM_PER_SEED)]
+
+
+def attention_cases() -> dict[str, Callable[[torch.device], None]]:
+    problems = {
+        **{name: functools.partial(attention_named, name) for name in ATTENTION_NAMED},
+        **{f"random {seed}": functools.partial(attention_random, seed) for seed in ATTENTION_SEEDS},
+    }
+    return {
+        f"latent_attention {name}": functools.partial(latent_attention, make)
+        for name, make in problems.items()
+    }
 
 
 def latent_attention_alone(device: torch.device) -> None:
@@ -305,12 +330,12 @@ def latent_attention_compiled(device: torch.device) -> None:
 
 CASES = {
     **{category: functools.partial(named, category) for category in cases.NAMED},
+    **attention_cases(),
     **{
         case.__name__: case
         for case in (
             *(raster, extremes_more, ties, long_rows, errors, compiled, random_few),
-            *(latent_attention, latent_attention_alone, latent_attention_errors),
-            latent_attention_compiled,
+            *(latent_attention_alone, latent_attention_errors, latent_attention_compiled),
         )
     },
 }
