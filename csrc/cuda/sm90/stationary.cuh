@@ -22,11 +22,11 @@
 #include "../ptx/grid_dependency.cuh"
 #include "../ptx/mma_s8.cuh"
 #include "../ptx/opaque.cuh"
-#include "../ptx/stmatrix.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma_s8.cuh"
 #include "gemm_args.cuh"
 #include "stationary_rows.cuh"
+#include "transposed_epilogue.cuh"
 
 namespace int8_ops::cuda::sm90 {
 
@@ -41,8 +41,8 @@ struct StationaryKernel {
   static constexpr int kRowBytes = StationaryTile::kBlockK;
   static constexpr int kUnits = StationaryTile::max_units(kKBlocks * kRowBytes);
   static constexpr int kWarpgroup = 128;
-  static constexpr int kBoxBytes = kColumns * kRowBytes;         // of w
-  static constexpr int kStagedBytes = kTileRows * kColumns * 2;  // of 16-bit results
+  static constexpr int kBoxBytes = kColumns * kRowBytes;  // of w
+  static constexpr int kStagedBytes = TransposedEpilogue<kOut>::kStagedBytes;
   // Threads that write to a tile's buffer or scales, beside the copy engine.
   static constexpr uint32_t kWriters = !kQuantizes                            ? 32
                                        : StationaryTile::through_l2(kKBlocks) ? 0
@@ -51,8 +51,7 @@ struct StationaryKernel {
   static constexpr uint32_t kFillerRegisters = kQuantizes ? 120 : 40;
   static constexpr uint32_t kConsumerRegisters = kQuantizes ? 192 : 232;
 
-  static constexpr uint32_t kTurnBarrier = 1;    // and the next, one a warpgroup
-  static constexpr uint32_t kStagedBarrier = 6;  // and the next, one a warpgroup
+  static constexpr uint32_t kTurnBarrier = 1;  // and the next, one a warpgroup
   static constexpr uint32_t kColumnsBarrier = 3;
 
   struct Head {
@@ -62,17 +61,15 @@ struct StationaryKernel {
   };
   static_assert(sizeof(Head) <= StationaryTile::kHeadBytes);
 
-  using Sums = int32_t[kTileRows / 2];
+  using Sums = typename TransposedEpilogue<kOut>::Sums;
 
   const GemmArgs& args;
   StationaryRows rows;
   uint32_t weights;       // [units][2][k_blocks][64][128]: in the buffers of the rows, at first
   uint32_t weights_full;  // a barrier
   uint32_t staging;       // [2][kStagedBoxes][64][128]
-  float* w_scales;        // [units][128]
-  float* bias;            // [units][128]
-  int32_t units;          // of this block, that begin within n
-  int32_t n_first;        // of this block
+  TransposedEpilogue<kOut> epilogue;
+  int32_t units;  // of this block, that begin within n
 
   // ---- w: by the copy engine to shared memory, and from there to registers
   // ---------------------------------------------------
@@ -85,7 +82,7 @@ struct StationaryKernel {
     for (int32_t i = 0; i < units * 2; ++i) {
       for (int32_t b = 0; b < args.k_blocks; ++b) {
         ptx::tma_load_2d(weights + (i * args.k_blocks + b) * kBoxBytes, &args.w_map, weights_full,
-                         b * kRowBytes, n_first + i * kColumns);
+                         b * kRowBytes, epilogue.n_first + i * kColumns);
       }
     }
   }
@@ -131,10 +128,10 @@ struct StationaryKernel {
     const ScaleEpilogue& e = args.epilogue;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < units * kUnitColumns;
          i += 2 * kWarpgroup) {
-      const int32_t col = n_first + i;
+      const int32_t col = epilogue.n_first + i;
       const bool in = col < e.n && kOut != DType::kInt32;
-      w_scales[i] = in ? e.w_scale[col] : 0.0F;
-      bias[i] = in && e.bias != nullptr ? load_float(e.bias, e.bias_dtype, col) : -0.0F;
+      epilogue.w_scales[i] = in ? e.w_scale[col] : 0.0F;
+      epilogue.bias[i] = in && e.bias != nullptr ? load_float(e.bias, e.bias_dtype, col) : -0.0F;
     }
     ptx::named_barrier_sync(kColumnsBarrier, 2 * kWarpgroup);
   }
@@ -205,131 +202,29 @@ struct StationaryKernel {
         // Addresses of every unit's columns would take more registers than are left.
         int32_t first = u * kUnitColumns + warpgroup * kColumns;
         ptx::make_opaque(first);
-        store(sums, rows.scales_of(at), (rows.first_tile + i * rows.tile_step) * kTileRows, first,
-              warpgroup, my_staging + box * kStagedBytes);
+        epilogue.store(sums, rows.scales_of(at), (rows.first_tile + i * rows.tile_step) * kTileRows,
+                       first, warpgroup, my_staging + box * kStagedBytes);
         box ^= 1;
       }
       at.next(args.stages);
     }
   }
 
-  // Of this thread's two columns, eight apart.
-  struct ColumnFactors {
-    float w_scale[2];
-    float bias[2];
-  };
-  template <bool kBias>
-  __device__ __forceinline__ ColumnFactors column_factors(int32_t first) const {
-    const int32_t col = first + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    ColumnFactors f;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      f.w_scale[half] = w_scales[col + half * 8];
-      if constexpr (kBias) f.bias[half] = bias[col + half * 8];
-    }
-    return f;
-  }
-
-  // sums[4 g + 2 h + e]: row 8 g + 2 (lane % 4) + e of the tile, column lane / 4 + 8 h of the
-  // warp's sixteen.
-  template <bool kBias>
-  static __device__ __forceinline__ float scaled(const Sums& sums, int i, const float2& row_scale,
-                                                 const ColumnFactors& f) {
-    const float y = ScaleEpilogue::scaled(sums[i], i % 2 == 0 ? row_scale.x : row_scale.y,
-                                          f.w_scale[i / 2 % 2]);
-    if constexpr (!kBias) return y;
-    return __fadd_rn(y, f.bias[i / 2 % 2]);
-  }
-
-  // `first`: of the product's columns in the block.
-  __device__ __forceinline__ void store(const Sums& sums, const float* scales, int32_t row_first,
-                                        int32_t first, int warpgroup, uint32_t box) const {
-    if constexpr (size_of(kOut) == 2) {
-      if (args.epilogue.bias == nullptr) {
-        stage<false>(sums, scales, first, box);
-      } else {
-        stage<true>(sums, scales, first, box);
-      }
-      ptx::fence_proxy_async();
-      ptx::named_barrier_sync(kStagedBarrier + warpgroup, kWarpgroup);
-      if (threadIdx.x % kWarpgroup == 0) {
-        if (n_first + first < args.n) {
-          ptx::tma_store_2d(&args.out_map, box, n_first + first, row_first);
-        }
-        ptx::bulk_commit_group();
-        // The other box may be written after the next turn, at which the warpgroup meets.
-        ptx::bulk_wait_group_read<StationaryTile::kStagedBoxes - 1>();
-      }
-    } else {
-      store_32bit(sums, scales, row_first, first);
-    }
-  }
-
-  // 16-bit results of a product to shared memory, a row of the tile a line, swizzled.
-  template <bool kBias>
-  __device__ __forceinline__ void stage(const Sums& sums, const float* scales, int32_t first,
-                                        uint32_t box) const {
-    const ColumnFactors factors = column_factors<kBias>(first);
-    const int lane = threadIdx.x % 32;
-    // Matrix lane / 8 of a stmatrix: columns 8 (lane / 8 % 2) .., rows 8 (lane / 16) ...
-    const int row = lane / 16 * 8 + lane % 8;
-    const int chunk = threadIdx.x % kWarpgroup / 32 * 2 + lane / 8 % 2;
-    const uint32_t to = box + row * 128 + ((chunk ^ (row % 8)) * 16);
-#pragma unroll
-    for (int g = 0; g < kTileRows / 8; g += 2) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 row_scale =
-            *reinterpret_cast<const float2*>(&scales[(g + i / 2) * 8 + threadIdx.x % 4 * 2]);
-        const int sum = g * 4 + i * 2;
-        words[i] = pack_16bit(kOut, scaled<kBias>(sums, sum, row_scale, factors),
-                              scaled<kBias>(sums, sum + 1, row_scale, factors));
-      }
-      ptx::stmatrix_x4_trans(to + g * 8 * 128, words);
-    }
-  }
-
-  // Eight lanes store a sector.
-  __device__ __forceinline__ void store_32bit(const Sums& sums, const float* scales,
-                                              int32_t row_first, int32_t first) const {
-    const ColumnFactors factors = column_factors<true>(first);
-    auto thread = static_cast<int32_t>(threadIdx.x % kWarpgroup);
-    ptx::make_opaque(thread);
-    const int32_t col = n_first + first + thread / 32 * 16 + thread % 32 / 4;
-    const int32_t row = row_first + thread % 4 * 2;
-    using Out = std::conditional_t<kOut == DType::kInt32, int32_t, float>;
-    auto* to = static_cast<Out*>(args.epilogue.out) + int64_t{row} * args.n + col;
-    const float* row_scales = scales + thread % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kTileRows / 2; ++i) {
-      const bool in = row + i / 4 * 8 + i % 2 < args.m && col + i / 2 % 2 * 8 < args.n;
-      Out y;
-      if constexpr (kOut == DType::kInt32) {
-        y = sums[i];
-      } else {
-        y = scaled<true>(sums, i, *reinterpret_cast<const float2*>(row_scales), factors);
-      }
-      if (in) to[i % 2 * args.n + i / 2 % 2 * 8] = y;
-      if (i % 4 == 3) to += int64_t{8} * args.n, row_scales += 8;
-    }
-  }
-
   static __device__ __forceinline__ void run(const GemmArgs& args) {
     extern __shared__ __align__(1024) uint8_t storage[];
     if (threadIdx.x == 0 && ptx::shared_address(storage) % 1024 != 0) __trap();
-    StationaryKernel kernel{args, {args}};
+    StationaryKernel kernel{args, {args}, 0, 0, 0, {args}, 0};
     StationaryRows& rows = kernel.rows;
     rows.cluster = ptx::cluster_blocks();
     rows.rank = ptx::cluster_block_rank();
     const auto cluster_index = static_cast<int32_t>(blockIdx.x / rows.cluster);
     const auto clusters = static_cast<int32_t>(gridDim.x / rows.cluster);
     const int32_t columns = args.n_tiles * kUnitColumns;
-    kernel.n_first = (cluster_index % args.n_parts * static_cast<int32_t>(rows.cluster) +
-                      static_cast<int32_t>(rows.rank)) *
-                     columns;
-    kernel.units =
-        min(args.n_tiles, max(0, (args.n - kernel.n_first + kUnitColumns - 1) / kUnitColumns));
+    kernel.epilogue.n_first = (cluster_index % args.n_parts * static_cast<int32_t>(rows.cluster) +
+                               static_cast<int32_t>(rows.rank)) *
+                              columns;
+    kernel.units = min(
+        args.n_tiles, max(0, (args.n - kernel.epilogue.n_first + kUnitColumns - 1) / kUnitColumns));
     rows.first_tile = cluster_index / args.n_parts;
     rows.tile_step = clusters / args.n_parts;
 
@@ -345,8 +240,8 @@ struct StationaryKernel {
     // The last buffers wait while w lies there.
     rows.first_late = StationaryTile::early_buffers(args.n_tiles, args.stages);
     kernel.weights = ptx::shared_address(rows.buffers) + rows.first_late * rows.buffer_bytes();
-    kernel.w_scales = reinterpret_cast<float*>(take(columns * 4));
-    kernel.bias = reinterpret_cast<float*>(take(columns * 4));
+    kernel.epilogue.w_scales = reinterpret_cast<float*>(take(columns * 4));
+    kernel.epilogue.bias = reinterpret_cast<float*>(take(columns * 4));
     rows.scales = reinterpret_cast<float*>(take(2 * args.stages * kTileRows * 4));
     auto* const head = reinterpret_cast<Head*>(at);
     kernel.weights_full = ptx::shared_address(&head->weights);
