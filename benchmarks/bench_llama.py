@@ -14,7 +14,6 @@ import math
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -31,6 +30,7 @@ from torch import Tensor  # noqa: E402
 
 import int8_ops  # noqa: E402
 from int8_ops import hf  # noqa: E402
+from int8_ops._bench.facts import commit  # noqa: E402
 from int8_ops._cache_names import passed  # noqa: E402
 from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, convert  # noqa: E402
 from int8_ops.llama.skeleton import sharing_copy, with_random_factors  # noqa: E402
@@ -162,15 +162,6 @@ def meta(args: argparse.Namespace) -> dict[str, Any]:
         "kv_ratio": args.kv_ratio,
         "quick": args.quick,
     }
-
-
-def commit() -> str:
-    """Of the tree that this file stands in, or why there is none."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown ({type(error).__name__})"
 
 
 @contextlib.contextmanager

@@ -234,7 +234,7 @@ def check_latent_stream(op: str, name: str, s: LatentStream, q: Tensor) -> None:
             f"{first.shape[1]} and out a multiple of d = {q.shape[3]}, got {list(a.shape)}"
         ),
     )
-    for parts in zip(*s[:4], strict=True):
+    for parts in s.slices():
         _check_latent_slice(op, name, parts, first, a, q)
     if s.bias is None:
         return

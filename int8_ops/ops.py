@@ -211,10 +211,8 @@ def latent_attention_decode(
     """
     out: Tensor = _latent_attention_decode(
         q,
-        *(list(part) for part in k[:4]),
-        k.bias,
-        *(list(part) for part in v[:4]),
-        v.bias,
+        *k.arguments(),
+        *v.arguments(),
         inv_freq,
         start,
         length,

@@ -18,8 +18,8 @@ FMA), then one rounding to the output dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,11 +120,19 @@ class LatentStream(NamedTuple):
     a_scale: Sequence[Tensor]
     bias: Tensor | None = None
 
+    def slices(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """``q``, ``scale``, ``a`` and ``a_scale`` of each slice."""
+        return zip(self.q, self.scale, self.a, self.a_scale, strict=True)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What an op's schema has of this: four lists and the bias."""
+        return list(self.q), list(self.scale), list(self.a), list(self.a_scale), self.bias
+
 
 def rebuild(stream: LatentStream, head_dim: int) -> Tensor:
     """What the integers mean: float64 ``[B, KV heads, S, head_dim]``, not rotated."""
     total = torch.zeros((), dtype=torch.float64, device=stream.q[0].device)
-    for q, scale, a, a_scale in zip(*stream[:4], strict=True):
+    for q, scale, a, a_scale in stream.slices():
         if q.shape[-1] != a.shape[-1]:
             q = torch.cat(((q << 4) >> 4, q >> 4), dim=-1)
         latent = q.to(torch.float64) * scale.to(torch.float64)[..., None]

@@ -64,7 +64,7 @@ class Problem:
     @property
     def op_arguments(self) -> tuple:
         """As the registered op takes them."""
-        k, v = ((*(list(part) for part in s[:4]), s.bias) for s in self.kv)
+        k, v = (s.arguments() for s in self.kv)
         tail = (self.origin, self.scaling, self.rope_scaling, self.window)
         return (self.q, *k, *v, self.inv_freq, self.start, self.length, *tail)
 

@@ -395,7 +395,7 @@ def latent_attention_decode(
     """By name (``"auto"``: as ``ATTENTION`` has it), traceable, without gradient."""
     name = ATTENTION[q.device.type] if backend == "auto" else backend
     arguments = (
-        *(q, *(list(part) for part in k[:4]), k.bias, *(list(part) for part in v[:4]), v.bias),
+        *(q, *k.arguments(), *v.arguments()),
         *(inv_freq, start, length, origin, scaling, rope_scaling, window),
     )
     if _is_native(name, q.device.type):

@@ -74,7 +74,7 @@ def decode(
     with _on(q.device):
         kernels.offsets_kernel[(size // 2,)](inv_freq, cos, sin, BLOCK_T=BLOCK_T, HALF=size // 2)
         block_m = _block(rows, 16, MAX_BLOCK_M)
-        for i, (latent, scale, a, a_scale) in enumerate(zip(*k[:4], strict=True)):
+        for i, (latent, scale, a, a_scale) in enumerate(k.slices()):
             latent, scale = _laid_out(latent), _laid_out(scale)
             width = latent.shape[-1]
             kernels.scores_kernel[(tiles, batch * kv_heads, -(-rows // block_m))](
