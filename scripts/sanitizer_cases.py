@@ -246,7 +246,8 @@ def hopper_cases() -> Iterator[Outcome]:
                 yield from forced(plan, rows, 24, 16, source, variant + 2)
         # Every buffer is used again, and what passes through L2 on its way there.
         rows = 64 * multiprocessors // tile["cluster"] * 5
-        yield from forced(f"stationary:{index}:1", rows, 24, 128 * tile["cluster"], torch.half, 1)
+        for source in (None, torch.half):
+            yield from forced(f"stationary:{index}:1", rows, 24, 128 * tile["cluster"], source, 1)
 
 
 def linear_cases() -> Iterator[Outcome]:

@@ -35,6 +35,7 @@ template <Source kSource, DType kOut, int kKBlocks>
 struct StationaryKernel {
   static_assert(kSource != Source::kFloat32, "such rows do not fit the quantizing threads");
   static constexpr bool kQuantizes = kSource != Source::kInt8;
+  static constexpr bool kThroughL2 = kQuantizes && StationaryTile::through_l2(kKBlocks);
   static constexpr int kTileRows = StationaryTile::kBlockM;
   static constexpr int kUnitColumns = StationaryTile::kUnitColumns;
   static constexpr int kColumns = kUnitColumns / 2;  // of a warpgroup's product
@@ -44,9 +45,7 @@ struct StationaryKernel {
   static constexpr int kBoxBytes = kColumns * kRowBytes;  // of w
   static constexpr int kStagedBytes = TransposedEpilogue<kOut>::kStagedBytes;
   // Threads that write to a tile's buffer or scales, beside the copy engine.
-  static constexpr uint32_t kWriters = !kQuantizes                            ? 32
-                                       : StationaryTile::through_l2(kKBlocks) ? 0
-                                                                              : kWarpgroup;
+  static constexpr uint32_t kWriters = kThroughL2 ? 0 : kQuantizes ? kWarpgroup : 32;
   // Of 168 a thread at entry.
   static constexpr uint32_t kFillerRegisters = kQuantizes ? 120 : 40;
   static constexpr uint32_t kConsumerRegisters = kQuantizes ? 192 : 232;
@@ -115,8 +114,17 @@ struct StationaryKernel {
         }
       }
     }
-    __syncwarp();
-    tell(rows.room);
+    if constexpr (kThroughL2) {
+      // Every thread at every block's barrier, once a launch. A lane for its warp would do, as in
+      // tell(), but racecheck takes a multicast out of L2 to wait for the reads of those alone that
+      // arrive where it is sent.
+      for (uint32_t block = 0; block < rows.cluster; ++block) {
+        ptx::mbarrier_arrive_cluster(rows.room, block);
+      }
+    } else {
+      __syncwarp();
+      tell(rows.room);
+    }
   }
 
   // ---- two warpgroups: multiply, scale, store
@@ -257,7 +265,7 @@ struct StationaryKernel {
         ptx::mbarrier_init(rows.ring.full + s * 8, 1 + kWriters);
         ptx::mbarrier_init(rows.ring.empty + s * 8, arrivals);
       }
-      ptx::mbarrier_init(rows.room, arrivals);
+      ptx::mbarrier_init(rows.room, kThroughL2 ? kOwnArrivals * rows.cluster : arrivals);
       ptx::mbarrier_init(kernel.weights_full, 1);
       ptx::fence_mbarrier_init();
     }
