@@ -423,6 +423,7 @@ def check_latent_append(
     op = "latent_append"
     check_append_stream(op, "k", k, k, k_bits, k_q, k_scale)
     check_append_stream(op, "v", v, k, v_bits, v_q, v_scale)
+    check_same_device(op, "v", v, k, "k")
     room = k_q[0].shape[2]
     torch._check(
         k.shape[:3] == v.shape[:3] and all(q.shape[2] == room for q in (*k_q, *v_q)),

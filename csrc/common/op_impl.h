@@ -248,6 +248,7 @@ struct OpImpl {
     constexpr const char* kOp = "latent_append";
     check_append_stream(kOp, "k", k, k, k_bits, k_q, k_scale);
     check_append_stream(kOp, "v", v, k, v_bits, v_q, v_scale);
+    check_same_device(kOp, "v", v, k, "k");
     bool same = v_q[0].size(2) == k_q[0].size(2);
     for (int64_t i = 0; i < 3; ++i) same = same && k.size(i) == v.size(i);
     INT8_OPS_CHECK(same, kOp, ": expected k and v of the same B, G, n and S, got ", shape_string(k),
