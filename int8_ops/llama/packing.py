@@ -45,8 +45,9 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(torch.float32)
     high = x.amax(dim=-1, keepdim=True).to(torch.float32)
     low = x.amin(dim=-1, keepdim=True).to(torch.float32)
-    # A NaN makes both NaN; a tie takes the positive one.
-    scale = torch.where(high >= -low, high, low) / SPAN
+    # A NaN makes both NaN; a tie takes the positive one. Divided by a tensor: by a number, torch
+    # multiplies with its inverse on CUDA, which is another float32 for one row in 17.
+    scale = torch.where(high >= -low, high, low) / torch.full_like(high, SPAN)
     flat = scale.abs() < torch.finfo(torch.float32).tiny
     finite = torch.isfinite(high) & torch.isfinite(low)
     # A flat row rounds to zeros by itself: no element exceeds 8.5 of a subnormal scale. What
