@@ -238,14 +238,17 @@ def latent_append(
     """Quantize the latents of new tokens, keys' and values', into slots of a cache, in place.
 
     The bits are those of ``quantize_per_token`` (8 bits) and of ``int8_ops.llama.packing`` (4), and
-    each slice of each token has a scale of its own. Meant for few tokens; CPU tensors only, so far.
+    each slice of each token has a scale of its own. Meant for few tokens; one kernel on CUDA.
     It begins at the latents, not at what they are made from: the bits of a float matmul are torch's
     to choose, those of everything after it are this library's.
 
     Args:
         k: floating ``[B, G, n, rank]``, the slices' directions one after another.
         v: the same of values; its rank and slices may differ.
-        slots: int64 ``[n]``, where each token goes, 0 to S - 1.
+        slots: int64 ``[n]``, where each token goes, 0 to S - 1, no slot twice. Any other raises on
+            the CPU, before anything is written; on CUDA, where reading it would wait for the
+            device, it fails an assertion of the kernel, as an index of torch's does: a later call
+            reports it, and the process can't use the device again.
         k_bits: 8 or 4 for each slice of k, 1 to 4 of them.
         v_bits: of v.
         k_q: int8 ``[B, G, S, width]`` a slice, as wide as its rank, or half as wide in 4 bits;

@@ -146,6 +146,34 @@ def dequantize_cases() -> Iterator[Outcome]:
                 yield where, got, reference.dequantize(q, scale, dtype)
 
 
+def append_cases() -> Iterator[Outcome]:
+    """latent_append: rests of a warp's rounds, int4 beside int8, tensors that begin anywhere."""
+    slots = torch.tensor([4, 0, 2])
+    parts = {"k": ((8, 77), (4, 602), (8, 8)), "v": ((4, 2), (8, 256))}
+    bits = [[bit for bit, _ in stream] for stream in parts.values()]
+    for index, dtype in enumerate(DTYPES):
+        dtypes = dtype, DTYPES[(index + 1) % 3]
+        latents = [
+            special(12, sum(rank for _, rank in stream), of).view(2, 2, 3, -1)
+            for stream, of in zip(parts.values(), dtypes, strict=True)
+        ]
+        widths = [rank * bit // 8 for stream in parts.values() for bit, rank in stream]
+        made = [
+            *(torch.full((2, 2, 5, width), 7, dtype=torch.int8) for width in widths),
+            *(torch.full((2, 2, 5), -7.0) for _ in widths),
+        ]
+        there = [offset_copy(t, 1) for t in made]
+        moved = [offset_copy(x, 1) for x in latents]
+        for (k, v), at, buffers in (
+            (latents, slots, made),
+            (moved, slots.to(DEVICE), there),
+        ):
+            q, scale = buffers[:5], buffers[5:]
+            ops.latent_append(k, v, at, *bits, q[:3], scale[:3], q[3:], scale[3:])
+        for i, (got, expected) in enumerate(zip(there, made, strict=True)):
+            yield f"latent_append {dtypes} buffer {i}", got, expected
+
+
 def forced(
     plan: str, m: int, n: int, k: int, x_dtype: torch.dtype | None, variant: int
 ) -> Iterator[Outcome]:
@@ -284,6 +312,7 @@ def main(arguments: list[str]) -> int:
     groups = (
         quantize_cases,
         dequantize_cases,
+        append_cases,
         gemm_cases,
         skinny_cases,
         hopper_cases,

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers", minversion="4.56")
 
 from int8_ops.llama import LatentCache, StaticLatentCache
+from int8_ops.llama import cache as cache_module
 from int8_ops.llama.packing import quantize_stream
 from int8_ops.llama.spec import LayerSpec, Slice
 
@@ -35,7 +36,9 @@ def feed(cache, found, start=0, chunk=None, positions=None):
     for begin in range(0, length, chunk):
         end = min(begin + chunk, length)
         for index, (k, v) in enumerate(found):
-            ids = torch.arange(start + begin, start + end)[None] if positions is None else positions
+            ids = positions
+            if ids is None:
+                ids = torch.arange(start + begin, start + end, device=k.device)[None]
             stored = cache.update(k[:, :, begin:end], v[:, :, begin:end], index, position_ids=ids)
     return stored
 
@@ -86,6 +89,25 @@ def test_tokens_are_quantized_once_and_kept(kind, chunk):
     assert int(cache.get_seq_length()) == found[0][0].shape[2]
     assert_holds(cache, found)
     assert cache.row_starts().tolist() == ([0] if kind == "dynamic" else [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_stores_what_the_separate_ops_do(kind, dtype, device, monkeypatch):
+    found = [tuple(x.to(device, dtype) for x in pair) for pair in latents(2, 40)]
+    one, calls = make(kind), []
+    append = cache_module.ops.latent_append
+    monkeypatch.setattr(
+        cache_module.ops, "latent_append", lambda *args: (calls.append(args), append(*args))
+    )
+    feed(one, found, chunk=8)
+    # The first tokens of a growing buffer make it.
+    assert len(calls) == len(SPECS) * (4 if kind == "dynamic" else 5)
+    monkeypatch.setattr(cache_module.LatentLayer, "_takes_op", lambda self, latent: False)
+    many = make(kind)
+    feed(many, found, chunk=8)
+    assert len(calls) == len(SPECS) * (4 if kind == "dynamic" else 5)
+    for got, expected in zip(contents(one), contents(many), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_only_integers_and_scales_are_kept(kind):

@@ -9,12 +9,6 @@
 namespace int8_ops::cpu {
 namespace {
 
-// The int4 numbers, as int8_ops/llama/packing.py has them: the largest element m becomes -8 of
-// steps of m / -8.5, so a scale may be negative.
-constexpr float kInt4Span = -8.5F;
-constexpr float kInt4Low = -8.0F;
-constexpr float kInt4High = 7.0F;
-
 int8_t int4_of(float x, float scale) {
   return static_cast<int8_t>(std::clamp(std::nearbyint(x / scale), kInt4Low, kInt4High));
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/op_impl.h"
+#include "attention/append.h"
 #include "dispatch.h"
 #include "quantize/quantize.h"
 
@@ -38,6 +39,7 @@ struct CudaPolicy {
   static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
   static int64_t matmul_workspace_bytes(MatmulParams& p) { return cuda::matmul_workspace_bytes(p); }
   static void matmul(MatmulParams& p) { cuda::matmul(p); }
+  static void latent_append(const LatentAppendParams& p) { attention::append_latents(p); }
 };
 
 }  // namespace
@@ -46,6 +48,7 @@ struct CudaPolicy {
 STABLE_TORCH_LIBRARY_IMPL(int8_ops, CUDA, m) {
   using namespace int8_ops;
   INT8_OPS_REGISTER_IMPLS(m, cuda::CudaPolicy);
+  m.impl("latent_append", TORCH_BOX(&OpImpl<cuda::CudaPolicy>::latent_append));
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

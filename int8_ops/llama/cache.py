@@ -219,8 +219,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         device, parts = latent.device.type, (*self.spec.k, *self.spec.v)
         return (
-            device == "cpu"
-            and _extension.covers(device)
+            _extension.covers(device)
             and self.backend in ("auto", device)
             and latent.shape[2] <= MAX_DECODE_QUERIES
             and latent.dtype in FLOATS
