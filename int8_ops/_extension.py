@@ -20,9 +20,10 @@ OP_NAMES = (
     "int8_mm",
     "int8_scaled_mm",
     "int8_linear",
+    "latent_attention_decode",
 )
 # Those that have CPU kernels alone.
-CPU_OP_NAMES = ("latent_attention_decode", "latent_append")
+CPU_OP_NAMES = ("latent_append",)
 
 
 class Extension:

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/op_impl.h"
+#include "attention/decode.h"
 #include "dispatch.h"
 #include "quantize/quantize.h"
 
@@ -38,6 +39,10 @@ struct CudaPolicy {
   static void dequantize(const DequantizeParams& p) { cuda::dequantize(p); }
   static int64_t matmul_workspace_bytes(MatmulParams& p) { return cuda::matmul_workspace_bytes(p); }
   static void matmul(MatmulParams& p) { cuda::matmul(p); }
+  static int64_t latent_attention_workspace_bytes(const LatentAttentionParams& p) {
+    return cuda::latent_attention_workspace_bytes(p);
+  }
+  static void latent_attention(const LatentAttentionParams& p) { cuda::latent_attention(p); }
 };
 
 }  // namespace
@@ -46,6 +51,7 @@ struct CudaPolicy {
 STABLE_TORCH_LIBRARY_IMPL(int8_ops, CUDA, m) {
   using namespace int8_ops;
   INT8_OPS_REGISTER_IMPLS(m, cuda::CudaPolicy);
+  m.impl("latent_attention_decode", TORCH_BOX(&OpImpl<cuda::CudaPolicy>::latent_attention_decode));
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {
