@@ -85,7 +85,7 @@ void latent_attention(const LatentAttentionParams& p) {
       attention::general_attend(p, w.partials, device);
       break;
   }
-  attention::combine(p, w.partials, reinterpret_cast<float*>(base + w.folded));
+  attention::combine(p, w.partials, reinterpret_cast<float*>(base + w.folded), device);
 }
 
 }  // namespace int8_ops::cuda

@@ -7,7 +7,8 @@
 namespace int8_ops::cuda::attention {
 namespace {
 
-constexpr int32_t kMaxHeldSteps = 4;
+// That share a multiprocessor where their shared memory allows it.
+constexpr int64_t kBlocksPerSm = 2;
 // Of a multiprocessor's shared memory, what the driver keeps for each block.
 constexpr int64_t kReservedBytes = 1024;
 
@@ -38,44 +39,46 @@ GeneralShared divide_shared(const GeneralArgs& args, int64_t rows, int64_t panel
   shared.weights = take(rows * kSplitTokens * 4);
   shared.k_scale = take(args.p.k.count * kSplitTokens * 4);
   shared.seen = take(rows * 8);
+  shared.q_rows = take(rows * 8);
   shared.bytes = static_cast<uint32_t>(end);
   return shared;
 }
 
-// All of a head's pairs where two blocks, or one, then fit a multiprocessor; else as many as fit.
-void choose_panel(GeneralArgs& args, int64_t rows, const DeviceFacts& device) {
+// All of a head's pairs, or half of them and so on where a block has not as much shared memory.
+void choose_panel(GeneralArgs& args, const DeviceFacts& device) {
   const int64_t limit = device.shared_bytes_per_block;
   args.a_in_shared = kTileRows * static_cast<int64_t>(args.pitch) < limit;
-  if (divide_shared(args, rows, 1).bytes > limit) args.a_in_shared = false;
+  if (divide_shared(args, kMaxRows, 1).bytes > limit) args.a_in_shared = false;
   args.panel_tiles = args.tiles;
-  while (args.panel_tiles > 1 && divide_shared(args, rows, args.panel_tiles).bytes > limit) {
-    args.panel_tiles = args.panel_tiles / 2;
+  while (args.panel_tiles > 1 && divide_shared(args, kMaxRows, args.panel_tiles).bytes > limit) {
+    args.panel_tiles = (args.panel_tiles + 1) / 2;
   }
-  args.shared = divide_shared(args, rows, args.panel_tiles);
 }
 
-template <int kRows, int kSteps>
+template <int kRows, bool kHeld>
 void launch_general(GeneralArgs& args, const DeviceFacts& device) {
+  static_assert(kRows <= kMaxRows);
   const LatentAttentionParams& p = args.p;
-  choose_panel(args, kRows, device);
+  args.shared = divide_shared(args, kRows, args.panel_tiles);
   args.row_blocks = static_cast<int32_t>(ceil_div(args.head_rows, kRows));
   args.lanes = checked_int32(p.kv_heads * args.row_blocks, "blocks");
-  const int64_t per_sm = std::max<int64_t>(
-      1, (device.shared_bytes_per_block + kReservedBytes) / (args.shared.bytes + kReservedBytes));
-  const int64_t wanted = ceil_div(std::min<int64_t>(per_sm, 2) * device.sm_count, args.lanes);
+  const int64_t per_sm = std::clamp<int64_t>(
+      (device.shared_bytes_per_block + kReservedBytes) / (args.shared.bytes + kReservedBytes), 1,
+      kBlocksPerSm);
+  const int64_t wanted = ceil_div(per_sm * device.sm_count, args.lanes);
   args.workers = static_cast<int32_t>(std::min(p.batch * args.partials.splits, wanted));
   LaunchShape shape;
   shape.grid = dim3(checked_int32(static_cast<int64_t>(args.lanes) * args.workers, "blocks"));
   shape.block = dim3(kThreads);
   shape.shared_bytes = args.shared.bytes;
-  launch<general_attend_kernel<kRows, kSteps>>("latent_attention_decode", shape, p.ctx, args);
+  launch<general_attend_kernel<kRows, kHeld>>("latent_attention_decode", shape, p.ctx, args);
 }
 
-template <int kSteps>
+template <bool kHeld>
 void launch_for_rows(GeneralArgs& args, const DeviceFacts& device) {
-  if (args.head_rows == 1) return launch_general<1, kSteps>(args, device);
-  if (args.head_rows <= 4) return launch_general<4, kSteps>(args, device);
-  launch_general<8, kSteps>(args, device);
+  if (args.head_rows == 1) return launch_general<1, kHeld>(args, device);
+  if (args.head_rows <= 4) return launch_general<4, kHeld>(args, device);
+  launch_general<kMaxRows, kHeld>(args, device);
 }
 
 }  // namespace
@@ -99,8 +102,11 @@ void general_attend(const LatentAttentionParams& p, const Partials& partials,
   for (int64_t n = 0; n < p.v.count; ++n) args.wide_v[n] = all_multiples(p.v.slices[n], 4);
   // Rows differ by half the banks: eight lanes then read from all of them.
   args.pitch = args.steps * kStepBytes + (args.steps % 2 == 0 ? kStepBytes : 0);
-  args.steps <= kMaxHeldSteps ? launch_for_rows<kMaxHeldSteps>(args, device)
-                              : launch_for_rows<0>(args, device);
+  choose_panel(args, device);
+  if (args.steps > kHeldSteps) return launch_for_rows<false>(args, device);
+  StepWalk walk = {args.p.k};
+  for (int32_t i = 0; i < args.steps; ++i) args.held[i] = walk.next();
+  launch_for_rows<true>(args, device);
 }
 
 }  // namespace int8_ops::cuda::attention

@@ -12,10 +12,9 @@
 
 namespace int8_ops::cuda::attention {
 
-// kRows: query rows that a block attends for. kSteps: steps of the keys' latents that stay in
-// registers; 0: they are read again for every tile of pairs.
-template <int kRows, int kSteps>
-__global__ void __launch_bounds__(kThreads, 1)
+// kRows: query rows that a block attends for. kHeld: the keys' latents stay in registers.
+template <int kRows, bool kHeld>
+__global__ void __launch_bounds__(kThreads, kHeld&& kRows <= 4 ? 2 : 1)
     general_attend_kernel(const __grid_constant__ GeneralArgs args) {
   extern __shared__ __align__(16) char shared[];
   ptx::grid_dependency_wait();
@@ -29,8 +28,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   head.rows = min(kRows, args.head_rows - head.first_row);
   const bool whole = args.panel_tiles >= args.tiles;
 
+  find_queries(args, shared, head);
   const int32_t total = SplitWalk::total(p);
   if (whole && worker < total) stage_panel(args, shared, head, 0);
+  __syncthreads();
   for (int32_t number = worker; number < total; number += args.workers) {
     SplitWalk walk = {p};
     walk.seek(number);
@@ -41,26 +42,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         args.partials.index(static_cast<int64_t>(walk.b) * p.groups + head.group, walk.split, row);
 
     stage_scales(args, shared, place);
-    const bool busy = static_cast<int32_t>(threadIdx.x) / 32 * kWarpTokens < place.tokens;
-    StepLatents held[kSteps > 0 ? kSteps : 1];
-    if constexpr (kSteps > 0) {
-      StepWalk steps = {p.k};
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (busy && i < args.steps) load_step(args, place, steps.next(), held[i]);
-      }
-    }
-    float scores[kRows][4] = {};
-    for (int32_t tile = 0; tile < args.tiles; tile += args.panel_tiles) {
+    for (int32_t first = 0; first < args.tiles; first += args.panel_tiles) {
       if (!whole) {
         __syncthreads();
-        stage_panel(args, shared, head, tile);
+        stage_panel(args, shared, head, first);
       }
-      stage_queries<kRows>(args, shared, head, place, origin + place.begin, tile);
+      stage_queries<kRows>(args, shared, head, place, origin + place.begin, first);
       __syncthreads();
-      if (busy) score_panel<kRows, kSteps>(args, shared, head, place, tile, held, scores);
+      const int32_t tiles = min(args.panel_tiles, args.tiles - first);
+#pragma unroll 1
+      for (int32_t pass = 0; pass < kWarpTokens / 16; ++pass) {
+        if (first_token(pass) >= place.tokens) break;
+        float scores[kRows][2] = {};
+        if constexpr (kHeld) {
+          score_held<kRows>(args, shared, place, tiles, pass, scores);
+        } else {
+          score_streamed<kRows>(args, shared, head, place, first, tiles, pass, scores);
+        }
+        store_scores<kRows>(args, shared, pass, first > 0, scores);
+      }
     }
-    if (busy) store_scores<kRows>(args, shared, scores);
     __syncthreads();
     weigh_rows<kRows>(args, shared, head, place, walk.row, args.partials.stats + at);
     for (int32_t n = 0; n < p.v.count; ++n) {

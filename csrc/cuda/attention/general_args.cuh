@@ -2,19 +2,19 @@
 //
 // Note [General path]
 // A block attends for some query rows of one KV head to split after split; each of its eight warps
-// has 32 of a split's tokens. Keys are int32 sums by mma.sync: the tokens' latents are the operand
-// of 16 rows and stay in registers where they fit, A's rows pass by in shared memory, eight RoPE
-// pairs at a time: first halves and second halves, so that a thread has both of a pair. The K of a
-// product is numbered so that a lane's 16 consecutive bytes are its operands of two products, and
-// of packed bytes the low halves and the high halves are products of their own.
+// has 32 of a split's tokens, 16 at a time. Keys are int32 sums by mma.sync: the tokens' latents
+// are the operand of 16 rows and stay in registers where they fit, A's rows pass by in shared
+// memory, eight RoPE pairs at a time: first halves and second halves, so that a thread has both of
+// a pair. The K of a product is numbered so that a lane's 16 consecutive bytes are its operands of
+// two products, and of packed bytes the low halves and the high halves are products of their own.
 //
 // What follows is float32 for every dtype: keys are scaled, biased and rotated by their offset
 // within the warp's tokens (Note [RoPE inside a tile] in cpu/latent_attention_plan.h), and dotted
 // with the queries, which were turned by minus the warp's first angle. Then weights of the whole
 // split, and weights times the values' latents.
 //
-// Products and sums of floats are fmaf and __fmul_rn: a query's bits must not differ between the
-// kernels for few and for many rows.
+// Products and sums of floats are fmaf and __fmul_rn, and panels are as large as the most rows
+// allow: a query's bits must not differ between the kernels for few and for many rows.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,8 @@ inline constexpr int32_t kTilePairs = 8;  // RoPE pairs of a tile of A's rows
 inline constexpr int32_t kTileRows = 2 * kTilePairs;
 inline constexpr int32_t kStepBytes = 64;  // of a token's latent: two products
 inline constexpr int32_t kTablePad = 8;    // float2s: rows of the offset table differ in banks
+inline constexpr int32_t kMaxRows = 8;     // query rows of a block
+inline constexpr int32_t kHeldSteps = 4;   // of the keys' latents, in registers
 static_assert(kWarpTokens == 32 && kThreads == kSplitTokens);
 
 // Offsets into a block's shared memory, in bytes.
@@ -43,7 +45,17 @@ struct GeneralShared {
   uint32_t weights = 0;  // float [kSplitTokens][rows]
   uint32_t k_scale = 0;  // float [slices][kSplitTokens]
   uint32_t seen = 0;     // int2 [rows]
+  uint32_t q_rows = 0;   // int64 [rows]: elements from a batch row's first query
   uint32_t bytes = 0;
+};
+
+// A step's slice, the byte of a token's latent where it begins, and which values it holds.
+enum class StepKind : int32_t { kInt8, kLow, kHigh };
+struct Step {
+  int32_t slice;
+  int32_t byte;
+  StepKind kind;
+  bool last;  // of its slice
 };
 
 struct GeneralArgs {
@@ -61,19 +73,11 @@ struct GeneralArgs {
   int32_t steps;        // of kStepBytes, of all slices of the keys
   int32_t pitch;        // bytes from row to row of A in shared memory
   bool a_in_shared;
+  Step held[kHeldSteps];  // the steps, where there are no more
   // Whether 16 bytes of latents, of A, and four of values may be read at once.
   bool wide_k[kMaxSlices];
   bool wide_a[kMaxSlices];
   bool wide_v[kMaxSlices];
-};
-
-// A step's slice, the byte of a token's latent where it begins, and which values it holds.
-enum class StepKind : int32_t { kInt8, kLow, kHigh };
-struct Step {
-  int32_t slice;
-  int32_t byte;
-  StepKind kind;
-  bool last;  // of its slice
 };
 
 // Bytes of a token's latent.

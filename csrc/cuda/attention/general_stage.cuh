@@ -95,6 +95,18 @@ __device__ __forceinline__ void stage_panel(const GeneralArgs& args, char* share
   }
 }
 
+// Where the block's query rows lie.
+__device__ __forceinline__ void find_queries(const GeneralArgs& args, char* shared,
+                                             const HeadPlace& head) {
+  const auto r = static_cast<int32_t>(threadIdx.x);
+  if (r >= head.rows) return;
+  const auto q_len = static_cast<int32_t>(args.p.q_len);
+  const int32_t row = head.first_row + r;
+  const int64_t query_head = static_cast<int64_t>(head.head) * args.repeats + row / q_len;
+  reinterpret_cast<int64_t*>(shared + args.shared.q_rows)[r] =
+      query_head * args.p.q_head_stride + row % q_len * args.p.q_token_stride;
+}
+
 // The queries of a panel's pairs, scaled, for each warp turned back by its first token's angle.
 template <int kRows>
 __device__ __forceinline__ void stage_queries(const GeneralArgs& args, char* shared,
@@ -104,7 +116,7 @@ __device__ __forceinline__ void stage_queries(const GeneralArgs& args, char* sha
   const LatentAttentionParams& p = args.p;
   const int32_t pairs = args.panel_tiles * kTilePairs;
   const auto half_dim = static_cast<int32_t>(p.head_dim / 2);
-  const auto q_len = static_cast<int32_t>(p.q_len);
+  const auto* q_rows = reinterpret_cast<const int64_t*>(shared + args.shared.q_rows);
   const float scaling = __fmul_rn(p.scaling, kLog2E);
   auto* queries = reinterpret_cast<float2*>(shared + args.shared.queries);
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kWarps * pairs; i += kThreads) {
@@ -117,11 +129,7 @@ __device__ __forceinline__ void stage_queries(const GeneralArgs& args, char* sha
     for (int r = 0; r < kRows; ++r) {
       float2 turned = make_float2(0.0F, 0.0F);
       if (there && r < head.rows) {
-        const int32_t row = head.first_row + r;
-        const int64_t at =
-            place.batch * p.q_batch_stride +
-            (static_cast<int64_t>(head.head) * args.repeats + row / q_len) * p.q_head_stride +
-            row % q_len * p.q_token_stride + pair;
+        const int64_t at = place.batch * p.q_batch_stride + q_rows[r] + pair;
         const float first = __fmul_rn(load_float(p.q, p.q_dtype, at), scaling);
         const float second = __fmul_rn(load_float(p.q, p.q_dtype, at + half_dim), scaling);
         turned.x = fmaf(second, turn.y, __fmul_rn(first, turn.x));

@@ -77,23 +77,41 @@ __device__ __forceinline__ void scale_weights(const GeneralArgs& args, char* sha
   }
 }
 
+// The rows' weights of a token; they are neighbours, and as aligned as they are many.
+template <int kRows>
+__device__ __forceinline__ void load_weights(const float* from, float (&weights)[kRows]) {
+  if constexpr (kRows % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; r += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + r);
+      weights[r] = four.x, weights[r + 1] = four.y, weights[r + 2] = four.z,
+      weights[r + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) weights[r] = from[r];
+  }
+}
+
 // Four columns of some tokens: weights times latents.
 template <int kRows>
 __device__ __forceinline__ void sum_tokens(const int8_t* latents, int64_t stride, int32_t count,
                                            int32_t valid, bool wide, bool high, bool packed,
                                            const float* weights, float (&sums)[kRows][4]) {
   constexpr int kAhead = 8;
-  for (int32_t first = 0; first < count; first += kAhead) {
+  for (int32_t first = 0; first < count; first += kAhead, latents += kAhead * stride) {
     uint32_t words[kAhead][1];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      load_bytes(latents + (first + i) * stride, first + i < count ? valid : 0, wide, words[i]);
+      load_bytes(latents + i * stride, first + i < count ? valid : 0, wide, words[i]);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) break;
       uint32_t word = words[i][0];
       if (packed) word = high ? high_int4(word) : low_int4(word);
+      float own[kRows];
+      load_weights(weights + (first + i) * kRows, own);
       float latent[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -101,7 +119,7 @@ __device__ __forceinline__ void sum_tokens(const int8_t* latents, int64_t stride
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float weight = weights[(first + i) * kRows + r];
+        const float weight = own[r];
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[r][j] = fmaf(weight, latent[j], sums[r][j]);
       }

@@ -24,9 +24,12 @@ __device__ __forceinline__ void load_bytes(const int8_t* from, int32_t valid, bo
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 4 * kWords; ++i) {
-    if (i < valid) {
-      words[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(__ldg(from + i))) << (8 * (i % 4));
+  for (int i = 0; i < kWords; ++i) {
+    const int32_t count = min(valid - 4 * i, 4);
+#pragma unroll 1
+    for (int32_t j = 0; j < count; ++j) {
+      const auto byte = static_cast<uint8_t>(__ldg(from + 4 * i + j));
+      words[i] |= static_cast<uint32_t>(byte) << (8 * j);
     }
   }
 }
