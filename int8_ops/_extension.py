@@ -5,7 +5,6 @@ Importing the modules registers the ops. Nothing here initialises CUDA.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from types import ModuleType
 from typing import Any, NoReturn
@@ -20,10 +19,9 @@ OP_NAMES = (
     "int8_mm",
     "int8_scaled_mm",
     "int8_linear",
+    "latent_attention_decode",
     "latent_append",
 )
-# Those that have CPU kernels alone.
-CPU_OP_NAMES = ("latent_attention_decode",)
 
 
 class Extension:
@@ -86,10 +84,4 @@ def register_missing_cuda() -> torch.library.Library:
 
     for name in OP_NAMES if cuda.module is None else ():
         lib.impl(name, refuse, "CUDA")
-    for name in CPU_OP_NAMES:
-        lib.impl(name, functools.partial(_refuse_cuda, name), "CUDA")
     return lib
-
-
-def _refuse_cuda(name: str, *args: Any) -> NoReturn:
-    raise RuntimeError(f"int8_ops.{name}: this op has a CPU kernel and none for CUDA tensors")

@@ -169,9 +169,10 @@ def latent_attention_decode(
     rope_scaling: float = 1.0,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of a few new tokens a row straight from integer latents, on CPU tensors.
+    """Attention of a few new tokens a row straight from integer latents.
 
-    For CUDA there is the backend triton's (``int8_ops.backends.latent_attention_decode``).
+    On CPU and CUDA tensors; for CUDA ones there is the backend triton's as well
+    (``int8_ops.backends.latent_attention_decode``).
 
     A key is ``sum over slices of scale_t * A_scale * (A . latent_t) + bias``, then rotated by RoPE
     (halves (i, i + d/2) are pairs; Su et al., 2021, RoFormer); a value the same without rotation.

@@ -169,6 +169,33 @@ class Maker:
 
         return [one() for _ in range(self.rng.choice((1, 1, 1, 2, 2, 3)))]
 
+    def like_a_model(self, name: str) -> Problem:
+        """Sizes that models have; as many tokens as a comparison in float64 allows."""
+        rng = self.rng
+        size = rng.choice((64, 64, 128))
+        batch, groups = rng.choice((1, 1, 2, 4, 8)), rng.choice((1, 1, 2))
+        group_heads, q_len = rng.choice((1, 2, 4)), rng.choice((1, 1, 1, 2, 4, 7, 16))
+        dtype = rng.choice(DTYPES[1:])
+
+        def slices() -> list[tuple[int, int]]:
+            ranks = [rng.choice((32, 64, 96, 128, 160, 256, 320, 512, 1024))]
+            ranks += [rng.choice((32, 64, 128, 256))] * rng.choice((0, 0, 1))
+            return [(rng.choice((8, 8, 4)), rank) for rank in ranks]
+
+        k, v = slices(), slices()
+        ranks = sum(rank for _, rank in (*k, *v))
+        most = (1 << 29) // (batch * groups * group_heads * size * ranks)
+        tokens = max(min(rng.choice((100, 256, 300, 700, 1025, 3000)), most), q_len + 1)
+        lengths = [rng.choice((tokens, rng.randint(q_len, tokens))) for _ in range(batch)]
+        starts = [rng.choice((0, rng.randint(0, n - q_len))) for n in lengths]
+        return self.problem(
+            name, batch, groups, group_heads, rng.choice((1, 2, 3, 4, 8)), size, q_len, tokens,
+            k, v, dtype, rng.choice((None, None, dtype)), rng.choice((None, None, dtype)),
+            rng.random() < 0.5, lengths, starts,
+            rng.choice((None, [rng.randint(-n, 100_000) for n in starts])),
+            rng.choice((None, None, None, 17, 600)),
+        )  # fmt: skip
+
     def random(self, name: str, sizes: tuple[int, ...] = SIZES) -> Problem:
         rng = self.rng
         batch = rng.choice((1, 1, 2, 3))
@@ -191,6 +218,28 @@ class Maker:
             rng.choice((None, origins)), rng.choice((None, None, 1, 5, 64, 300)),
             rng.choice((1.0, 1.0, 1.2)),
         )  # fmt: skip
+
+
+def unpadded(row: Problem) -> Problem:
+    """The one row's tokens from its first to its last, in tensors that hold no others."""
+    begin, end = int(row.start), int(row.length)
+    if begin >= end:
+        return row
+
+    def cut(s: LatentStream) -> LatentStream:
+        return s._replace(**{
+            name: [t[:, :, begin:end].contiguous() for t in getattr(s, name)]
+            for name in ("q", "scale")
+        })  # fmt: skip
+
+    return replace(
+        row,
+        k=cut(row.k),
+        v=cut(row.v),
+        start=torch.zeros_like(row.start),
+        length=row.length - begin,
+        origin=(-row.start if row.origin is None else row.origin) + begin,
+    )
 
 
 def sdpa_over_rebuilt(p: Problem, dtype: torch.dtype) -> Tensor:
@@ -275,9 +324,18 @@ def named() -> dict[str, list[Problem]]:
         for n, w in ((1, 1), (1, 256), (4, 3), (16, 300), (16, 5000), (2, 257))
     ]
     empty = [make.problem("no rows", 0, tokens=20), make.problem("one token", 2, tokens=1)]
+    large = [
+        make.problem("ranks", 1, 1, 2, 2, 64, 2, 300, [(8, 320), (4, 96)], [(8, 512)], DTYPES[2]),
+        make.problem("large rank", 1, 1, 1, 2, 128, 1, 70, [(8, 1500)], [(8, 1100)], DTYPES[1]),
+        make.problem("largest rank", 1, 1, 1, 2, 4, 1, 20, [(8, 9000)], [(4, 5002)]),
+        make.problem("large head", 1, 1, 1, 9, 640, 1, 40, [(8, 200)], [(8, 72)]),
+        make.problem("largest head", 1, 1, 1, 1, 4096, 1, 40, [(8, 16)], [(8, 8)]),
+        make.problem("rows of a head", 1, 1, 2, 8, 64, 16, 300, [(8, 96)], [(8, 96)], DTYPES[2]),
+        make.problem("batch", 700, 1, 2, 1, 8, 1, 5, [(8, 8)], [(8, 8)]),
+    ]
     return {
         "regular": regular, "biases": biases, "queries": queries, "rows": rows, "windows": windows,
-        "empty": empty, "extremes": extremes(make), "layout": layout(make),
+        "empty": empty, "extremes": extremes(make), "layout": layout(make), "large": large,
     }  # fmt: skip
 
 

@@ -320,7 +320,7 @@ def latent_attention_alone() -> Iterator[Outcome]:
             row = problem.rows(slice(b, b + 1))
             alone = ops.latent_attention_decode(*row.arguments)
             yield outcome(alone, whole[b : b + 1], f"{problem}: row {b} alone")
-            got = ops.latent_attention_decode(*unpadded(row).arguments)
+            got = ops.latent_attention_decode(*latent_attention_cases.unpadded(row).arguments)
             yield outcome(got, alone, f"{problem}: row {b} without padding")
             for n in range(problem.q.shape[2]):
                 one = replace(
@@ -329,28 +329,6 @@ def latent_attention_alone() -> Iterator[Outcome]:
                 got = ops.latent_attention_decode(*one.arguments)
                 yield outcome(got, alone[:, n : n + 1], f"{problem}: row {b}, query {n} by itself")
     torch.set_num_threads(2)
-
-
-def unpadded(row: latent_attention_cases.Problem) -> latent_attention_cases.Problem:
-    """The one row's tokens from its first to its last, in tensors that hold no others."""
-    begin, end = int(row.start), int(row.length)
-    if begin >= end:
-        return row
-
-    def cut(s: reference.LatentStream) -> reference.LatentStream:
-        return s._replace(**{
-            name: [t[:, :, begin:end].contiguous() for t in getattr(s, name)]
-            for name in ("q", "scale")
-        })  # fmt: skip
-
-    return replace(
-        row,
-        k=cut(row.k),
-        v=cut(row.v),
-        start=torch.zeros_like(row.start),
-        length=row.length - begin,
-        origin=(-row.start if row.origin is None else row.origin) + begin,
-    )
 
 
 CHECKS: dict[str, Callable[..., Iterator[Outcome]]] = {

@@ -1,4 +1,7 @@
-"""latent_attention_decode: the op, its fake and its errors. test_cpu_kernels.py tries every ISA."""
+"""latent_attention_decode: the op, its fake and its errors.
+
+test_cpu_kernels.py tries every ISA, test_cuda_attention.py the CUDA kernels.
+"""
 
 from __future__ import annotations
 
@@ -103,13 +106,6 @@ def test_two_devices_are_refused():
     wrong = replace(BASE, length=BASE.length.to("meta"))
     with pytest.raises(RuntimeError, match="device"):
         ops.latent_attention_decode(*wrong.arguments)
-
-
-@pytest.mark.gpu
-def test_cuda_tensors_are_refused_by_name():
-    problem = BASE.map(lambda t: t.to("cuda"))
-    with pytest.raises(RuntimeError, match=f"int8_ops.{OP}: this op has a CPU kernel"):
-        ops.latent_attention_decode(*problem.arguments)
 
 
 def test_compiled_as_one_graph():

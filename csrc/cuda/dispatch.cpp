@@ -12,7 +12,6 @@
 
 #include "../common/quantized_rows.h"
 #include "arch_list.h"
-#include "heuristics/gemm_heuristics.h"
 #include "quantize/quantize.h"
 #include "skinny/skinny.h"
 #include "sm80/gemm.h"
@@ -158,6 +157,8 @@ void require_supported_device(const ExecContext& ctx) {
   const Device& device = device_of(ctx);
   if (!device.unsupported.empty()) throw std::runtime_error("int8_ops: " + device.unsupported);
 }
+
+const DeviceFacts& device_facts(const ExecContext& ctx) { return device_of(ctx).facts; }
 
 int64_t matmul_workspace_bytes(MatmulParams& p) {
   const GemmPlan plan = plan_for(p);

@@ -6,6 +6,7 @@
 
 #include "../common/op_impl.h"
 #include "attention/append.h"
+#include "attention/decode.h"
 #include "dispatch.h"
 #include "quantize/quantize.h"
 
@@ -40,6 +41,10 @@ struct CudaPolicy {
   static int64_t matmul_workspace_bytes(MatmulParams& p) { return cuda::matmul_workspace_bytes(p); }
   static void matmul(MatmulParams& p) { cuda::matmul(p); }
   static void latent_append(const LatentAppendParams& p) { attention::append_latents(p); }
+  static int64_t latent_attention_workspace_bytes(const LatentAttentionParams& p) {
+    return cuda::latent_attention_workspace_bytes(p);
+  }
+  static void latent_attention(const LatentAttentionParams& p) { cuda::latent_attention(p); }
 };
 
 }  // namespace
@@ -49,6 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(int8_ops, CUDA, m) {
   using namespace int8_ops;
   INT8_OPS_REGISTER_IMPLS(m, cuda::CudaPolicy);
   m.impl("latent_append", TORCH_BOX(&OpImpl<cuda::CudaPolicy>::latent_append));
+  m.impl("latent_attention_decode", TORCH_BOX(&OpImpl<cuda::CudaPolicy>::latent_attention_decode));
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

@@ -87,8 +87,8 @@ class AttentionBackend(Protocol):
         """As ``ops.latent_attention_decode``."""
 
 
-# Who attends over latents, by device.
-ATTENTION = {"cpu": "cpu", "cuda": "triton"}
+# Who attends over latents, by device: by itself the first, another where it is asked for by name.
+ATTENTION = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 _MODULES = {
@@ -393,7 +393,7 @@ def latent_attention_decode(
     backend: str,
 ) -> Tensor:
     """By name (``"auto"``: as ``ATTENTION`` has it), traceable, without gradient."""
-    name = ATTENTION[q.device.type] if backend == "auto" else backend
+    name = ATTENTION[q.device.type][0] if backend == "auto" else backend
     arguments = (
         *(q, *k.arguments(), *v.arguments()),
         *(inv_freq, start, length, origin, scaling, rope_scaling, window),

@@ -103,11 +103,14 @@ def why_general(
     slices = (*module.spec.k, *module.spec.v)
     if module.decode == "general":
         return "asked for"
-    if device not in backends.ATTENTION or (device == "cpu" and not _extension.covers(device)):
+    if device not in backends.ATTENTION:
         return f"no kernel for {device}"
-    if module.backend not in ("auto", backends.ATTENTION[device]):
+    backend = backends.ATTENTION[device][0] if module.backend == "auto" else module.backend
+    if backend not in backends.ATTENTION[device]:
         return f"the backend asked for is {module.backend}"
-    if device == "cuda" and query.shape[3] not in triton.HEAD_SIZES:
+    if backend in backends.NATIVE and not _extension.covers(device):
+        return f"no kernel for {device}"
+    if backend == "triton" and query.shape[3] not in triton.HEAD_SIZES:
         return f"heads of {query.shape[3]}"
     if tokens <= query.shape[2]:
         return "nothing was cached before"

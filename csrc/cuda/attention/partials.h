@@ -9,6 +9,8 @@
 // cache, and those that a row doesn't have are neither written nor read.
 #pragma once
 
+#include <vector_types.h>
+
 #include "../../common/params.h"
 
 #if defined(__CUDACC__)
