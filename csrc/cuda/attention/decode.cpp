@@ -8,6 +8,7 @@
 #include "../dispatch.h"
 #include "combine.h"
 #include "general.h"
+#include "sm90_plan.h"
 
 namespace int8_ops::cuda {
 namespace {
@@ -15,8 +16,8 @@ namespace {
 using attention::Partials;
 
 // Paths of the first half; the second is one for all.
-enum class Path : int32_t { kGeneral };
-constexpr const char* kPathNames[] = {"general"};
+enum class Path : int32_t { kGeneral, kSm90 };
+constexpr const char* kPathNames[] = {"general", "sm90"};
 constexpr const char* kPathVariable = "INT8_OPS_ATTENTION_PATH";
 
 constexpr int64_t kAlign = 256;
@@ -54,17 +55,27 @@ Workspace plan_workspace(const LatentAttentionParams& p) {
   return w;
 }
 
-// Read at each call, so that one process can try several; for tests and for measuring.
-Path path_for(const LatentAttentionParams&) {
-  const char* wish = std::getenv(kPathVariable);
-  if (wish == nullptr || *wish == '\0') return Path::kGeneral;
+Path path_named(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < std::size(kPathNames); ++i) {
-    if (std::string(wish) == kPathNames[i]) return static_cast<Path>(i);
+    if (name == kPathNames[i]) return static_cast<Path>(i);
     known += (i > 0 ? ", " : "") + std::string(kPathNames[i]);
   }
-  throw std::runtime_error(std::string("int8_ops: ") + kPathVariable + " names the path \"" + wish +
+  throw std::runtime_error(std::string("int8_ops: ") + kPathVariable + " names the path \"" + name +
                            "\"; known are " + known);
+}
+
+// The variable is for tests and for measuring; read at each call, so that one process can try
+// several.
+Path path_for(const LatentAttentionParams& p) {
+  const char* wish = std::getenv(kPathVariable);
+  const bool forced = wish != nullptr && *wish != '\0';
+  if (forced && path_named(wish) == Path::kGeneral) return Path::kGeneral;
+  const std::string why = attention::why_not_sm90(p, device_facts(p.ctx));
+  if (why.empty()) return Path::kSm90;
+  if (!forced) return Path::kGeneral;
+  throw std::runtime_error(std::string("int8_ops: ") + kPathVariable +
+                           " names the path \"sm90\", but " + why);
 }
 
 }  // namespace
@@ -83,6 +94,9 @@ void latent_attention(const LatentAttentionParams& p) {
   switch (path_for(p)) {
     case Path::kGeneral:
       attention::general_attend(p, w.partials, device);
+      break;
+    case Path::kSm90:
+      attention::sm90_attend(p, w.partials, device);
       break;
   }
   attention::combine(p, w.partials, reinterpret_cast<float*>(base + w.folded), device);

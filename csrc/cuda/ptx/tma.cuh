@@ -24,6 +24,18 @@ __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// A box of four dimensions.
+// PTX ISA: cp.async.bulk.tensor.4d.
+__device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* map,
+                                            uint32_t barrier, int32_t c0, int32_t c1, int32_t c2,
+                                            int32_t c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // The same box to the same address in every block of the cluster that `blocks` has a bit for, and
 // its bytes to each one's barrier.
 // PTX ISA: cp.async.bulk.tensor.2d with .multicast::cluster.

@@ -1,0 +1,294 @@
+// A warpgroup that makes scores: keys of 64 tokens by int8 products, turned, times the queries.
+//
+// Note [Keys in fragments]
+// A key of the latents of a token is A . latent, exact int32 sums. The latents are wgmma's first
+// operand, in registers for all heads of the block; 64 channels of A, 32 RoPE pairs of a head, are
+// its second one, resident in shared memory. A thread then holds both halves of its pairs, of two
+// tokens eight apart. It turns them by the first one's place in the tile, which is the same for
+// every tile, so that cosines and sines stay in registers; what is left of the angle is in the
+// queries, of which there are two: turned back by the tile's first position, for the first token,
+// and by eight more, for the second (sm90_weights.cuh makes them). Rounded to float16 the keys are
+// a fragment of mma.sync's first operand, and four query rows of both kinds are its eight columns.
+#pragma once
+
+#include "../ptx/mma_f16.cuh"
+#include "../ptx/mma_s8.cuh"
+#include "../ptx/opaque.cuh"
+#include "../ptx/wgmma_s8.cuh"
+#include "rope.cuh"
+#include "sm90_block.cuh"
+
+namespace int8_ops::cuda::attention {
+
+// kQuads: fours of query rows a head, at most.
+template <int kSize, int kChunks, int kQuads>
+struct ScoreMaker {
+  static constexpr int kSteps = kSize / kStepChannels;
+  using Sums = int32_t[kStepChannels / 2];
+  using Latents = uint32_t[kChunks][4][4];  // of 128 values, of 32, a fragment
+  using Turns = float2[4][2];               // of eight channels, of a thread's two
+  // A second step's sums have registers beside so much of the latents; beyond, the other warpgroup
+  // alone keeps the tensor cores busy.
+  static constexpr int kOverlappedChunks = 2;
+
+  const Block& block;
+  const AttendArgs& args;
+  int warpgroup;
+  RingBarriers k_ring;
+  RingBarriers queries;
+  RingBarriers scores;
+  RingPlace k_at;
+  PairPlace scores_at;
+
+  // Known here where there is but one choice.
+  __device__ __forceinline__ int32_t quads_of_head() const {
+    return kQuads <= 2 ? kQuads : args.plan.quads;
+  }
+
+  // Latents of the warpgroup's tokens, from the ring to registers: what is missing is zero.
+  __device__ __forceinline__ void take_latents(int32_t slice, Latents& latents) {
+    const int lane = threadIdx.x % 32;
+    // Matrix lane / 8 of an ldmatrix: rows 8 (lane / 8 % 2) .., sixteen bytes lane / 16.
+    const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const bool packed = args.p.k.slices[slice].packed;
+    const int32_t chunks = args.k_chunks[slice];
+    const uint32_t ring =
+        block.at(args.plan.shared.k_ring) + warpgroup * args.plan.shared.k_slots * kBoxBytes;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (packed && i % 2 == 1) continue;
+      if (i >= chunks) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) latents[i][j / 4][j % 4] = 0;
+        if (packed && i + 1 < kChunks) {
+#pragma unroll
+          for (int j = 0; j < 16; ++j) latents[i + 1 < kChunks ? i + 1 : i][j / 4][j % 4] = 0;
+        }
+        continue;
+      }
+      k_ring.wait_full(k_at);
+      const uint32_t box = ring + k_at.stage * kBoxBytes + row * kBoxWidth;
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::ldmatrix_x4(latents[i][step], box + (((step * 2 + lane / 16) ^ (row % 8)) * 16));
+      }
+      ptx::mbarrier_arrive(k_ring.empty_at(k_at));
+      k_at.next(args.plan.shared.k_slots);
+      if (packed && i + 1 < kChunks) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+          uint32_t& low = latents[i][j / 4][j % 4];
+          latents[i + 1 < kChunks ? i + 1 : i][j / 4][j % 4] = low & 0xf0f0f0f0u;
+          low = (low << 4) & 0xf0f0f0f0u;
+        }
+      }
+    }
+  }
+
+  // Starts the product of 64 channels.
+  static __device__ __forceinline__ void multiply(Sums& sums, const Latents& latents, uint64_t a) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        ptx::wgmma_s8(sums, latents[i][step], a + i * (kBoxBytes >> 4) + step * 2, i + step != 0);
+      }
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // Scores (+)= the step's channels of the keys, turned, times the queries of every quad.
+  static __device__ __forceinline__ void add_scores(const Sums& sums, const Turns& turns,
+                                                    const uint8_t* queries, uint32_t quad_bytes,
+                                                    int32_t quads, float (&scores)[kQuads][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t first[4];
+      uint32_t second[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int j = pair * 2 + i;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float x[2];
+          float y[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const auto one = static_cast<float>(sums[4 * j + 2 * half + e]);
+            const auto two = static_cast<float>(sums[4 * (j + 4) + 2 * half + e]);
+            x[e] = one * turns[j][e].x - two * turns[j][e].y;
+            y[e] = two * turns[j][e].x + one * turns[j][e].y;
+          }
+          first[2 * i + half] = pack_half2(x[0], x[1]);
+          second[2 * i + half] = pack_half2(y[0], y[1]);
+        }
+      }
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        if (quad >= quads) break;
+        const auto b =
+            *reinterpret_cast<const uint4*>(queries + quad * quad_bytes + pair * kQueryPairBytes);
+        ptx::mma_m16n8k16_f16(scores[quad], first, b.x, b.y);
+        ptx::mma_m16n8k16_f16(scores[quad], second, b.z, b.w);
+      }
+    }
+  }
+
+  // The first token's scores of a quad are in columns 0..3, the second one's in 4..7. `out` is
+  // where this thread's first two rows of the head are.
+  __device__ __forceinline__ void store_scores(const float (&scores)[kQuads][4], bool add,
+                                               float token_scale, float* out) const {
+    const bool second = threadIdx.x % 4 >= 2;
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      if (quad >= quads_of_head()) break;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float y = (second ? scores[quad][2 + e] : scores[quad][e]) * token_scale;
+        float& to = out[(quad * 4 + e) * kTileTokens];
+        to = add ? to + y : y;
+      }
+    }
+  }
+
+  // Asked for anew where it is needed: registers are few.
+  static __device__ __forceinline__ int32_t own_thread() {
+    auto thread = static_cast<int32_t>(threadIdx.x);
+    ptx::make_opaque(thread);
+    return thread;
+  }
+  static __device__ __forceinline__ int32_t own_lane() { return own_thread() % 32; }
+
+  // This thread's token of a tile that it has the scores of.
+  static __device__ __forceinline__ int32_t token_in_tile() {
+    const int32_t thread = own_thread();
+    return thread / 32 * 16 + thread % 32 / 4 + thread % 4 / 2 * 8;
+  }
+  // Where its scores of a head's first two rows are.
+  __device__ __forceinline__ float* scores_of(int32_t head) const {
+    const int32_t row_floats = quads_of_head() * 4 * kTileTokens;
+    return reinterpret_cast<float*>(block.storage + args.plan.shared.scores) +
+           (static_cast<int32_t>(scores_at.stage()) * args.plan.heads + head) * row_floats +
+           score_at(own_thread() % 2 * 2, token_in_tile());
+  }
+  __device__ __forceinline__ float token_scale_of(const Task& task, int32_t tile,
+                                                  int32_t slice) const {
+    const LatentSlice& s = args.p.k.slices[slice];
+    const int32_t token = task.first_token + tile * kTileTokens + token_in_tile();
+    if (token >= task.end) return 0.0F;
+    return s.scale[task.b * s.scale_batch_stride + task.group * s.scale_group_stride + token];
+  }
+
+  __device__ __forceinline__ void run() {
+    const int lane = threadIdx.x % 32;
+    const int first_in_tile = threadIdx.x / 32 * 16 + lane / 4;
+    Turns turns[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float inv_freq = args.p.inv_freq[s * 32 + j * 8 + lane % 4 * 2 + e];
+          const float2 turn = rotation(first_in_tile, inv_freq);
+          turns[s][j][e] = make_float2(turn.x * kKeyFactor, turn.y * kKeyFactor);
+        }
+      }
+    }
+    Barriers& barriers = block.barriers();
+    const uint32_t quad_bytes = kSteps * kQueryStepBytes;
+    const int32_t quads = quads_of_head();
+    const uint32_t a_full = ptx::shared_address(barriers.a_full);
+    block.for_each_task([&](const Task& task) {
+      const int32_t tiles = task.tiles();
+      const int32_t heads = task.heads;
+#pragma unroll 1
+      for (int32_t tile = 0; tile < tiles; ++tile) {
+        int32_t first_chunk = 0;
+#pragma unroll 1
+        for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+          // Queries come a slice of a tile.
+          const PairPlace queries_at{
+              static_cast<uint32_t>(scores_at.count * args.p.k.count + slice)};
+          Latents latents;
+          take_latents(slice, latents);
+          const uint64_t a = ptx::wgmma_descriptor(block.at(0) + first_chunk * kBoxBytes);
+          const uint32_t step_units = args.plan.chunks * (kBoxBytes >> 4);
+          // Two steps at a time: both of a head, or one of each of two.
+          constexpr int kHeads = 2 / kSteps;
+#pragma unroll 1
+          for (int32_t head = 0; head < heads; head += kHeads) {
+#pragma unroll
+            for (int i = 0; i < kHeads; ++i) {
+              if (head + i < heads) {
+                ptx::mbarrier_wait_parity(a_full + (head + i) * 8, task.lane_parity);
+              }
+            }
+            const uint64_t a_head = a + static_cast<uint32_t>(head * kSteps) * step_units;
+            const uint8_t* const head_queries =
+                block.storage + args.plan.shared.queries +
+                (static_cast<int32_t>(queries_at.stage()) * args.plan.heads + head) * quads *
+                    quad_bytes +
+                own_lane() * 16;
+            float acc[kHeads][kQuads][4] = {};
+            const auto wait = [&] {
+              if (head != 0) return;
+              queries.wait_full(queries_at);
+              if (slice == 0) scores.wait_empty(scores_at);
+            };
+            const auto add = [&]<int kStep>(const Sums& sums) {
+              if constexpr (kSteps == 2) {
+                add_scores(sums, turns[kStep], head_queries + kStep * kQueryStepBytes, quad_bytes,
+                           quads, acc[0]);
+              } else {
+                add_scores(sums, turns[0], head_queries + kStep * quads * quad_bytes, quad_bytes,
+                           quads, acc[kStep]);
+              }
+            };
+            if constexpr (kChunks <= kOverlappedChunks) {
+              Sums sums[2];
+              multiply(sums[0], latents, a_head);
+              multiply(sums[1], latents, a_head + step_units);
+              wait();
+              ptx::wgmma_wait_group<1>();
+              ptx::wgmma_touch(sums[0]);
+              add.template operator()<0>(sums[0]);
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums[1]);
+              add.template operator()<1>(sums[1]);
+            } else {
+              Sums sums;
+              multiply(sums, latents, a_head);
+              wait();
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums);
+              add.template operator()<0>(sums);
+              multiply(sums, latents, a_head + step_units);
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums);
+              add.template operator()<1>(sums);
+            }
+            // Addresses and the scale are made here, where the first step's sums leave room.
+            float* const out = scores_of(head);
+            const float token_scale = token_scale_of(task, tile, slice);
+#pragma unroll
+            for (int i = 0; i < kHeads; ++i) {
+              if (head + i < heads) {
+                store_scores(acc[i], slice > 0, token_scale, out + i * quads * 4 * kTileTokens);
+              }
+            }
+          }
+          ptx::mbarrier_arrive(queries.empty_at(queries_at));
+          first_chunk += args.k_chunks[slice];
+        }
+        ptx::mbarrier_arrive(scores.full_at(scores_at));
+        scores_at.next();
+      }
+      // A may be replaced by the next lane's.
+      if (task.lane_ends != 0) ptx::mbarrier_arrive(ptx::shared_address(&barriers.a_empty));
+    });
+  }
+};
+
+}  // namespace int8_ops::cuda::attention

@@ -1,0 +1,486 @@
+// The warpgroup between scores and sums: it turns the queries for those that make scores, a tile
+// ahead, and makes weights of the scores of a split.
+#pragma once
+
+#include "../ptx/ex2_approx.cuh"
+#include "rope.cuh"
+#include "sm90_block.cuh"
+
+namespace int8_ops::cuda::attention {
+
+// The power of two at or below x, and the one that makes 1 of it; 1 where x is 0 or not finite, and
+// what float32 can divide by in any case.
+struct PowerOfTwo {
+  uint32_t bits;
+
+  static __device__ __forceinline__ PowerOfTwo below(float x) {
+    constexpr uint32_t kOne = 127u << 23;
+    const uint32_t bits = __float_as_uint(x) & 0x7f800000u;
+    const bool usable = bits != 0 && bits != 0x7f800000u;
+    return {usable ? min(max(bits, 27u << 23), 227u << 23) : kOne};
+  }
+  // Times 2^n.
+  __device__ __forceinline__ float value(int n) const {
+    return __uint_as_float(bits + (static_cast<uint32_t>(n) << 23));
+  }
+  // 2^n over it.
+  __device__ __forceinline__ float inverse(int n) const {
+    return __uint_as_float((254u << 23) - bits + (static_cast<uint32_t>(n) << 23));
+  }
+};
+
+// Over the lanes whose numbers differ in the bits below kTo.
+template <int kTo>
+__device__ __forceinline__ float max_over_lanes(float x) {
+#pragma unroll
+  for (int step = 1; step < kTo; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+template <int kSize>
+struct WeightMaker {
+  static constexpr int kSteps = kSize / kStepChannels;
+  static constexpr int kPairs = kSize / 2;
+  static constexpr int kItems = kSteps * 2;  // of sixteen RoPE pairs: a warp turns one of a quad
+  static constexpr int kWarpQuads = kItems;  // and so many quads of query rows
+  static constexpr uint32_t kBarrier = 1;    // named
+  static constexpr float kLog2E = 1.4426950408889634F;
+  // A weight is an exponential times a token's scale over the largest one's power of two, times
+  // this power: what float16 then loses of small ones is below 2^-36 of the largest.
+  static constexpr int kWeightExponent = 12;
+
+  const Block& block;
+  const AttendArgs& args;
+  RingBarriers queries;
+  RingBarriers scores;
+  RingBarriers weights;
+  PairPlace queries_at;
+  PairPlace scores_at;
+  uint32_t weights_parity;
+  int warp;
+  int lane;
+
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(kBarrier, kWarpgroup); }
+
+  // Quads of the lane's query rows, and one's first row among a head's and head of the group.
+  __device__ __forceinline__ int32_t quads_of(const Task& task) const {
+    return task.heads * args.plan.quads;
+  }
+  __device__ __forceinline__ int32_t first_row(const Task& task, int32_t quad) const {
+    return task.first_row + quad % args.plan.quads * 4;
+  }
+  __device__ __forceinline__ int32_t head_of(const Task& task, int32_t quad) const {
+    return task.first_head + quad / args.plan.quads;
+  }
+
+  // ---- queries
+  // ---------------------------------------------------------------------------------
+
+  // A warp turns sixteen RoPE pairs of kWarpQuads quads: a thread, of its row of each, the first
+  // halves of two pairs, of the two eight pairs further on, and the second halves.
+  __device__ __forceinline__ int32_t quad_of(int i) const {
+    return i * (4 / kItems) + warp / kItems;
+  }
+  __device__ __forceinline__ int32_t pair_of(int i) const {
+    return warp % kItems * 16 + i * 8 + lane % 4 * 2;
+  }
+  __device__ __forceinline__ int32_t row_in_quad() const { return lane / 4 % 4; }
+
+  __device__ __forceinline__ float2 floats_of(uint32_t pair) const {
+    if (args.p.q_dtype == DType::kFloat16) {
+      return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    }
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  }
+
+  // Where a row's queries are, or nullptr where there is no such row.
+  __device__ __forceinline__ const uint16_t* row_queries(const Task& task, int32_t quad) const {
+    const int32_t row = first_row(task, quad) + row_in_quad();
+    if (quad >= quads_of(task) || row >= args.head_rows) return nullptr;
+    const auto q_len = static_cast<int32_t>(args.p.q_len);
+    const int64_t head =
+        (static_cast<int64_t>(task.group) * args.group_heads + head_of(task, quad)) * args.repeats +
+        row / q_len;
+    return static_cast<const uint16_t*>(args.p.q) + task.b * args.p.q_batch_stride +
+           head * args.p.q_head_stride + row % q_len * args.p.q_token_stride;
+  }
+  __device__ __forceinline__ const float* key_scales(const Task& task, int32_t quad,
+                                                     const LatentSlice& s) const {
+    return s.a_scale +
+           (static_cast<int64_t>(task.group) * args.group_heads + head_of(task, quad)) * kSize;
+  }
+  // Sixteen bytes a thread of the upper or lower half of a warp.
+  __device__ __forceinline__ uint4* scaled_queries(int32_t slice, int32_t quad) const {
+    auto* const all = reinterpret_cast<uint4*>(block.storage + args.plan.shared.scaled);
+    return all + ((slice * kMaxQuads + quad) * kItems + warp % kItems) * 16 + lane % 16;
+  }
+
+  // Queries of a row of the batch, times the keys' scales of A, in float16 to shared memory: both
+  // over the powers of two that bring a row, and its head's scales, near 1.
+  __device__ __forceinline__ void load_queries(const Task& task) const {
+    WeightScratch& scratch = block.scratch();
+    uint32_t raw[kWarpQuads][4];
+#pragma unroll
+    for (int n = 0; n < kWarpQuads; ++n) {
+      const uint16_t* const from = row_queries(task, quad_of(n));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto* const pair = from + pair_of(i % 2) + i / 2 * kPairs;
+        raw[n][i] = from != nullptr ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kWarpQuads; ++n) {
+      const int32_t quad = quad_of(n);
+      float most = 0.0F;
+      float most_a = 0.0F;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 y = floats_of(raw[n][i]);
+        most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
+      }
+      if (quad < quads_of(task)) {
+#pragma unroll 1
+        for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+          const float* const scales = key_scales(task, quad, args.p.k.slices[slice]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float2 two = *reinterpret_cast<const float2*>(scales + pair_of(i));
+            most_a = fmaxf(most_a, fmaxf(fabsf(two.x), fabsf(two.y)));
+          }
+        }
+      }
+      most = max_over_lanes<4>(most);
+      most_a = max_over_lanes<4>(most_a);
+      if (lane < 16 && lane % 4 == 0) {
+        scratch.largest[quad * 4 + row_in_quad()][warp % kItems] = make_float2(most, most_a);
+      }
+    }
+    sync();
+    const int thread = threadIdx.x % kWarpgroup;
+    if (thread < kBlockRows) {
+      float2 most = make_float2(0.0F, 0.0F);
+      for (int item = 0; item < kItems; ++item) {
+        most.x = fmaxf(most.x, scratch.largest[thread][item].x);
+        most.y = fmaxf(most.y, scratch.largest[thread][item].y);
+      }
+      const PowerOfTwo q = PowerOfTwo::below(most.x);
+      const PowerOfTwo a = PowerOfTwo::below(most.y);
+      // A negative factor of the scores, too, is the queries'.
+      scratch.query_factor[thread] =
+          make_float2(copysignf(q.inverse(0), args.p.scaling), a.inverse(0));
+      scratch.score_factor[thread] =
+          fabsf(args.p.scaling) * kLog2E * q.value(0) * a.value(kKeyExponent);
+      const int32_t row = first_row(task, thread / 4) + thread % 4;
+      const bool there = thread < quads_of(task) * 4 && row < args.head_rows;
+      // The last lane's may be in use still.
+      scratch.rows[task.lane_parity][thread] = {
+          row % static_cast<int32_t>(args.p.q_len),
+          there ? head_of(task, thread / 4) * args.head_rows + row : -1};
+    }
+    sync();
+#pragma unroll
+    for (int n = 0; n < kWarpQuads; ++n) {
+      const int32_t quad = quad_of(n);
+      if (quad >= quads_of(task)) break;
+      const float2 factors = scratch.query_factor[quad * 4 + row_in_quad()];
+#pragma unroll 1
+      for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+        const LatentSlice& s = args.p.k.slices[slice];
+        const float* const scales = key_scales(task, quad, s);
+        const float factor = factors.y * (s.packed ? kPackedFactor : 1.0F);
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 two = *reinterpret_cast<const float2*>(scales + pair_of(i % 2));
+          const float2 y = floats_of(raw[n][i]);
+          words[i] =
+              pack_half2(y.x * factors.x * (two.x * factor), y.y * factors.x * (two.y * factor));
+        }
+        if (lane < 16) {
+          *scaled_queries(slice, quad) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+    }
+    // Read after turn_queries()'s own barrier.
+  }
+
+  // Queries of the lane turned back by a tile's first position, and for the upper half of the
+  // fragment's columns by eight more.
+  __device__ __forceinline__ void turn_queries(const Task& task, int32_t tile, int32_t slice) {
+    WeightScratch& scratch = block.scratch();
+    float2* const turn = scratch.turns[queries_at.stage()];
+    const int thread = threadIdx.x % kWarpgroup;
+    if (thread < 2 * kPairs) {
+      const int32_t origin =
+          args.p.origin != nullptr ? args.p.origin[task.b] : -args.p.start[task.b];
+      const int32_t position = task.first_token + tile * kTileTokens + origin;
+      turn[thread] = rotation(position + thread / kPairs * 8, args.p.inv_freq[thread % kPairs]);
+    }
+    queries.wait_empty(queries_at);
+    sync();
+    float4 turn_of[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      turn_of[i] = *reinterpret_cast<const float4*>(&turn[lane / 16 * kPairs + pair_of(i)]);
+    }
+    uint8_t* const out =
+        block.storage + args.plan.shared.queries +
+        queries_at.stage() * args.plan.heads * args.plan.quads * kSteps * kQueryStepBytes +
+        warp % kItems * kQueryPairBytes + lane * 16;
+    const int32_t quads = quads_of(task);
+#pragma unroll
+    for (int n = 0; n < kWarpQuads; ++n) {
+      const int32_t quad = quad_of(n);
+      if (quad >= quads) break;
+      const uint4 scaled = *scaled_queries(slice, quad);
+      const float2 x[2] = {half2_floats(scaled.x), half2_floats(scaled.y)};
+      const float2 y[2] = {half2_floats(scaled.z), half2_floats(scaled.w)};
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 t = turn_of[i];
+        words[i] = pack_half2(x[i].x * t.x + y[i].x * t.y, x[i].y * t.z + y[i].y * t.w);
+        words[2 + i] = pack_half2(y[i].x * t.x - x[i].x * t.y, y[i].y * t.z - x[i].y * t.w);
+      }
+      *reinterpret_cast<uint4*>(out + quad * kSteps * kQueryStepBytes) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    ptx::mbarrier_arrive(queries.full_at(queries_at));
+    queries_at.next();
+  }
+
+  // ---- weights
+  // ---------------------------------------------------------------------------------
+
+  static constexpr int kLaneTokens = kSplitTokens / 32;
+
+  // Token `x` of this thread's eight of a split.
+  __device__ __forceinline__ int32_t token_of(int x) const {
+    return x / 4 * kTileTokens + lane * 4 + x % 4;
+  }
+  // A warp weighs a row of each quad. Tokens of the split that it sees:
+  __device__ __forceinline__ int2 seen_by(const Task& task, int32_t row) const {
+    const int2 seen = tokens_seen(args.p, {task.begin, task.end, 0, 0},
+                                  block.scratch().rows[task.lane_parity][row].new_token);
+    return make_int2(seen.x - task.first_token, seen.y - task.first_token);
+  }
+  // Whether all rows see all of a split that is full.
+  __device__ __forceinline__ bool all_seen(const Task& task) const {
+    const auto q_len = static_cast<int32_t>(args.p.q_len);
+    const int2 first = tokens_seen(args.p, {task.begin, task.end, 0, 0}, 0);
+    const int2 last = tokens_seen(args.p, {task.begin, task.end, 0, 0}, q_len - 1);
+    return first.y >= task.first_token + kSplitTokens && last.x <= task.first_token;
+  }
+
+  __device__ __forceinline__ void take_scores(int32_t tiles, int32_t quads,
+                                              float (&y)[kMaxQuads][kLaneTokens]) {
+    const auto* const all = reinterpret_cast<const float*>(block.storage + args.plan.shared.scores);
+    const int32_t stage_floats = args.plan.heads * args.plan.quads * 4 * kTileTokens;
+#pragma unroll
+    for (int tile = 0; tile < kTilesPerSplit; ++tile) {
+#pragma unroll
+      for (int quad = 0; quad < kMaxQuads; ++quad) {
+        float4 four = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+        if (tile < tiles && quad < quads) {
+          four = *reinterpret_cast<const float4*>(
+              &all[scores_at.stage() * stage_floats + score_at(quad * 4 + warp, lane * 4)]);
+        }
+        y[quad][tile * 4] = four.x;
+        y[quad][tile * 4 + 1] = four.y;
+        y[quad][tile * 4 + 2] = four.z;
+        y[quad][tile * 4 + 3] = four.w;
+      }
+      if (tile < tiles) {
+        ptx::mbarrier_arrive(scores.empty_at(scores_at));
+        scores_at.next();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void wait_for_scores(int32_t tiles) const {
+    PairPlace at = scores_at;
+    for (int32_t tile = 0; tile < tiles; ++tile, at.next()) scores.wait_full(at);
+  }
+
+  // Scores of a split, waited for -> exponentials and their statistics, and, times the token scales
+  // of each slice of values, weights in float16. `factors`: of the scores of this lane's row.
+  template <bool kAll>
+  __device__ __forceinline__ void weigh(const Task& task, float factors) {
+    const int32_t quads = quads_of(task);
+    float y[kMaxQuads][kLaneTokens];
+    take_scores(task.tiles(), quads, y);
+#pragma unroll
+    for (int quad = 0; quad < kMaxQuads; ++quad) {
+      if (quad >= quads) break;
+      const float factor = __shfl_sync(~0u, factors, quad * 4 + warp);
+      const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, quad * 4 + warp);
+      float most = -INFINITY;
+#pragma unroll
+      for (int x = 0; x < kLaneTokens; ++x) {
+        if (!kAll && !(token_of(x) >= seen.x && token_of(x) < seen.y)) y[quad][x] = -INFINITY;
+        most = fmaxf(most, y[quad][x]);
+      }
+      most = max_over_lanes<32>(most);
+      // Scores of NaN alone have no maximum.
+      const float base = most == -INFINITY ? 0.0F : most * factor;
+      float total = 0.0F;
+#pragma unroll
+      for (int x = 0; x < kLaneTokens; ++x) {
+        y[quad][x] = ptx::ex2_approx(fmaf(y[quad][x], factor, -base));
+        total += y[quad][x];
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+      if (lane == 0) {
+        const bool any = max(seen.x, 0) < min(seen.y, kSplitTokens);
+        block.scratch().stats[quad * 4 + warp] = make_float2(any ? base : -INFINITY, total);
+      }
+    }
+    __syncwarp();
+    store_stats(task);
+    ptx::mbarrier_wait_parity(weights.empty, weights_parity ^ 1);
+#pragma unroll 1
+    for (int32_t slice = 0; slice < args.p.v.count; ++slice) store_weights<kAll>(task, slice, y);
+    ptx::mbarrier_arrive(weights.full);
+    weights_parity ^= 1;
+  }
+
+  // A lane a row of the warp's.
+  __device__ __forceinline__ void store_stats(const Task& task) const {
+    if (lane >= kMaxQuads) return;
+    const WeightScratch& scratch = block.scratch();
+    const int32_t row = scratch.rows[task.lane_parity][lane * 4 + warp].group_row;
+    if (lane >= quads_of(task) || row < 0) return;
+    const int64_t at = args.partials.index(task.b * args.p.groups + task.group, task.split, row);
+    args.partials.stats[at] = scratch.stats[lane * 4 + warp];
+  }
+
+  template <bool kAll>
+  __device__ __forceinline__ void store_weights(const Task& task, int32_t slice,
+                                                const float (&y)[kMaxQuads][kLaneTokens]) const {
+    const LatentSlice& s = args.p.v.slices[slice];
+    const int32_t quads = quads_of(task);
+    const float* const scales = s.scale + task.b * s.scale_batch_stride +
+                                task.group * s.scale_group_stride + task.first_token;
+    float scale[kLaneTokens];
+    float most = 0.0F;
+#pragma unroll
+    for (int x = 0; x < kLaneTokens; ++x) {
+      scale[x] = kAll || token_of(x) < task.tokens ? scales[token_of(x)] : 0.0F;
+      if (kAll) most = fmaxf(most, fabsf(scale[x]));
+    }
+    if (kAll) most = max_over_lanes<32>(most);
+    uint8_t* const out = block.storage + args.plan.shared.weights + slice * kWeightBytes +
+                         warp * kSplitTokens * 2 + lane % 2 * 8;
+    WeightScratch& scratch = block.scratch();
+#pragma unroll
+    for (int quad = 0; quad < kMaxQuads; ++quad) {
+      if (quad >= quads) break;
+      const int row = quad * 4 + warp;
+      const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, row);
+      const auto sees = [&](int x) {
+        return kAll || (token_of(x) >= seen.x && token_of(x) < seen.y);
+      };
+      if (!kAll) {
+        // What a row doesn't see must not change its bits.
+        most = 0.0F;
+#pragma unroll
+        for (int x = 0; x < kLaneTokens; ++x) {
+          if (sees(x)) most = fmaxf(most, fabsf(scale[x]));
+        }
+        most = max_over_lanes<32>(most);
+      }
+      const PowerOfTwo power = PowerOfTwo::below(most);
+      const float factor = power.inverse(kWeightExponent);
+#pragma unroll
+      for (int tile = 0; tile < kTilesPerSplit; ++tile) {
+        float z[4];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          const int at = tile * 4 + x;
+          // Chosen, not multiplied by 0: the scale of what isn't seen may be anything.
+          z[x] = sees(at) ? y[quad][at] * (scale[at] * factor) : 0.0F;
+        }
+        const int chunk = (tile * (kTileTokens / 8) + lane / 2) ^ (row % 8);
+        *reinterpret_cast<uint2*>(out + quad * 4 * kSplitTokens * 2 + chunk * 16) =
+            make_uint2(pack_half2(z[0], z[1]), pack_half2(z[2], z[3]));
+      }
+      if (lane == 0) {
+        scratch.row_factor[slice][row] =
+            power.value(-kWeightExponent) * (s.packed ? kPackedFactor : 1.0F);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const RingBarriers ring = Block::ring(block.barriers().tasks);
+    const Task* const tasks = block.head().tasks;
+    // Queries are turned ahead of the task that is weighed, at most to the end of the next one.
+    RingPlace at;
+    RingPlace ahead_at;
+    bool ahead_is_next = false;
+    int32_t ahead_tile = 0;
+    int32_t ahead_slice = 0;
+    int32_t loaded_row = -1;
+    int32_t loaded_lane = -1;
+    float factors[2] = {};  // of this lane's row, of the task that is weighed and the next one
+    // Does nothing where there are no more tasks.
+    const auto turn_next = [&] {
+      ring.wait_full(ahead_at);
+      const Task& task = tasks[ahead_at.stage];
+      if (task.stop != 0) return;
+      if (loaded_row != task.b || loaded_lane != task.lane_parity) {
+        load_queries(task);
+        loaded_row = task.b;
+        loaded_lane = task.lane_parity;
+      }
+      const float factor = block.scratch().score_factor[lane % kBlockRows];
+      factors[0] = ahead_is_next ? factors[0] : factor;
+      factors[1] = ahead_is_next ? factor : factors[1];
+      turn_queries(task, ahead_tile, ahead_slice);
+      if (++ahead_slice < args.p.k.count) return;
+      ahead_slice = 0;
+      if (++ahead_tile < task.tiles()) return;
+      ahead_tile = 0;
+      ahead_at.next(kTasks);
+      ahead_is_next = true;
+    };
+#pragma unroll 1
+    for (;;) {
+      ring.wait_full(at);
+      const Task& task = tasks[at.stage];
+      if (task.stop != 0) return;
+      // All of this task's queries and a first of the next one's, for which the scores below don't
+      // wait; and another one of these when the scores are there.
+      const auto next_place = [&] {
+        RingPlace next = at;
+        next.next(kTasks);
+        return next.stage;
+      };
+      bool there = false;
+      for (int32_t more = 1;;) {
+        if (!ahead_is_next || (more > 0 && ahead_at.stage == next_place())) {
+          more -= ahead_is_next;
+          turn_next();
+          continue;
+        }
+        if (there) break;
+        wait_for_scores(task.tiles());
+        there = true;
+        more = 1;
+      }
+      if (all_seen(task)) {
+        weigh<true>(task, factors[0]);
+      } else {
+        weigh<false>(task, factors[0]);
+      }
+      factors[0] = factors[1];
+      ahead_is_next = ahead_at.stage != next_place();
+      ptx::mbarrier_arrive(ring.empty_at(at));
+      at.next(kTasks);
+    }
+  }
+};
+
+}  // namespace int8_ops::cuda::attention
