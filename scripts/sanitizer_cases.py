@@ -291,6 +291,63 @@ def linear_cases() -> Iterator[Outcome]:
             yield f"int8_linear [{m}, {n}, {k}] {dtype}", got, expected
 
 
+def latents(batch: int, tokens: int, out: int, bits: int, rank: int) -> list[Tensor]:
+    """A slice of one group: latents, their scales, A, its scales."""
+    q = integers(batch * tokens, rank * bits // 8).view(batch, 1, tokens, -1)
+    scale = (torch.rand(batch, 1, tokens) + 0.1) / (2 ** (bits - 1) * rank**0.5)
+    return [q, scale, integers(out, rank)[None], (torch.rand(1, out, 1) + 0.2) / 64]
+
+
+def attention(
+    size: int, tokens: int, repeats: int, q_len: int, k: list[tuple[int, int]],
+    v: list[tuple[int, int]], dtype: torch.dtype, bias: bool = False,
+) -> Iterator[Outcome]:  # fmt: skip
+    """latent_attention_decode of two rows and two KV heads, all of which a query sees.
+
+    Floats are summed: what is compared is whether the error is one of rounding.
+    """
+    heads = 2
+    streams = []
+    for slices in (k, v):
+        parts = [latents(2, tokens, heads * size, bits, rank) for bits, rank in slices]
+        own = torch.randn(heads * size) if bias else None
+        streams.append(reference.LatentStream(*map(list, zip(*parts, strict=True)), own))
+    q = torch.randn(2, heads * repeats, q_len, size).to(dtype)
+    start = torch.tensor([0, 3], dtype=torch.int32)
+    length = torch.tensor([tokens, tokens - 2], dtype=torch.int32)
+    inv_freq = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    arguments = (inv_freq, start, length)
+    expected = reference.latent_attention_decode(q, *streams, *arguments, size**-0.5)
+    here = [[[t.to(DEVICE) for t in part] for part in s[:4]] for s in streams]
+    biases = [None if s.bias is None else s.bias.to(DEVICE) for s in streams]
+    flat = (*here[0], biases[0], *here[1], biases[1])
+    moved = [t.to(DEVICE) for t in arguments]
+    got = ops.latent_attention_decode(
+        q.to(DEVICE), *flat, *moved, None, size**-0.5, 1.0, None
+    ).cpu()
+    error = (got.double() - expected).norm() / expected.norm()
+    near = torch.tensor(bool(error < 8 * torch.finfo(dtype).eps))
+    where = f"latent_attention_decode {size} {tokens} {k} {v} {dtype}: error {error:.1e}"
+    yield where, near, torch.tensor(True)
+
+
+def attention_cases() -> Iterator[Outcome]:
+    """Every kernel of the general path and of the second half, with rests on all sides."""
+    for dtype in DTYPES:
+        # Latents in registers, for one, four and eight query rows; one kernel folds and projects.
+        for repeats, q_len in ((1, 1), (3, 1), (3, 3)):
+            yield from attention(64, 300, repeats, q_len, [(8, 96)], [(8, 160)], dtype)
+        # Read again: by bytes, packed, in slices, of large ranks; odd pairs.
+        for repeats, q_len in ((1, 1), (2, 2), (3, 2)):
+            yield from attention(6, 40, repeats, q_len, [(8, 7)], [(8, 9)], dtype, bias=True)
+            yield from attention(
+                32, 70, repeats, q_len, [(8, 320), (4, 64)], [(4, 96), (8, 24)], dtype
+            )
+    # Two kernels, for few rows and for many.
+    yield from attention(64, 9000, 1, 1, [(8, 32)], [(8, 64)], torch.float16)
+    yield from attention(64, 9000, 8, 16, [(8, 32)], [(8, 320)], torch.float16)
+
+
 def main(arguments: list[str]) -> int:
     """Run all; the number of cases, or what differed.
 
@@ -317,6 +374,7 @@ def main(arguments: list[str]) -> int:
         skinny_cases,
         hopper_cases,
         linear_cases,
+        attention_cases,
     )
     if arguments:
         groups = tuple(group for group in groups if group is not hopper_cases)

@@ -136,6 +136,27 @@ def test_a_query_depends_on_its_row_alone(seed: int, path: str) -> None:
             equal(got, expected, f"{problem}: {what}")
 
 
+@either_path
+def test_the_room_of_a_cache_changes_nothing(path: str) -> None:
+    """Rows fold their splits in one kernel or in two, with few columns a block or with many."""
+    problem = cases.Maker(47).problem(
+        "room", 2, 1, 2, 3, 64, 2, 9000, [(8, 64)], [(8, 200), (4, 64)], torch.bfloat16,
+        lengths=[700, 8900], starts=[9, 100],
+    )  # fmt: skip
+    whole = attend(on_device(problem))
+    assert cases.outcome(whole.cpu(), problem) is None
+    first = problem.rows(slice(0, 1))
+    for what, few in (("alone", first), ("alone without room", cases.unpadded(first))):
+        equal(attend(on_device(few)), whole[:1], what)
+    many = problem.rows(torch.tensor([0, 1] * 60))
+    equal(attend(on_device(many)), whole.repeat(60, 1, 1, 1), "120 rows")
+
+
+@either_path
+def test_more_splits_than_a_fold_has_at_hand(path: str) -> None:
+    check(cases.Maker(48).problem("long", 1, 1, 1, 2, 8, 1, 300_000, [(8, 8)], [(8, 12)]))
+
+
 # ---- graphs, streams, compilers ------------------------------------------------------------------
 
 

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../launch.cuh"
 #include "combine.h"
 #include "fold.cuh"
@@ -9,6 +11,8 @@ namespace {
 
 // Blocks a multiprocessor up to which a fold's rows count as few.
 constexpr int64_t kNarrowBlocks = 4;
+// Blocks of the projection that are resident on a multiprocessor.
+constexpr int64_t kProjectBlocks = 4;
 // What one kernel may keep of its rows, and read of all partial results, each part for itself.
 constexpr int64_t kSmallRowBytes = 32 * 1024;
 constexpr int64_t kSmallReadBytes = 16 << 20;
@@ -28,17 +32,22 @@ void launch_fold(CombineArgs args) {
   launch<fold_splits_kernel<kVectors>>("latent_attention_decode", shape, args.p.ctx, args);
 }
 
-LaunchShape shape_of_project(CombineArgs& args, int32_t threads) {
+// With blocks of `threads`, as many of a head's parts as there are elements for, up to `most`.
+LaunchShape shape_of_project(CombineArgs& args, int32_t threads, int64_t most) {
   const LatentAttentionParams& p = args.p;
-  args.parts = static_cast<int32_t>(ceil_div(p.head_dim, threads / 32 * kProjectElements));
+  const int64_t parts = ceil_div(p.head_dim, threads / 32 * kProjectElements);
+  args.parts = static_cast<int32_t>(std::clamp<int64_t>(most, 1, parts));
   LaunchShape shape;
   shape.grid = dim3(checked_int32(p.batch * p.kv_heads * args.row_tiles * args.parts, "blocks"));
   shape.block = dim3(threads);
   return shape;
 }
 
-void launch_project(CombineArgs args) {
-  const LaunchShape shape = shape_of_project(args, kProjectThreads);
+void launch_project(CombineArgs args, const DeviceFacts& device) {
+  // More blocks than are resident only begin again what those have begun.
+  const int64_t tiles = args.p.batch * args.p.kv_heads * args.row_tiles;
+  const LaunchShape shape =
+      shape_of_project(args, kProjectThreads, ceil_div(kProjectBlocks * device.sm_count, tiles));
   launch<project_kernel>("latent_attention_decode", shape, args.p.ctx, args);
 }
 
@@ -54,7 +63,7 @@ bool is_small(const CombineArgs& args) {
 
 void launch_fold_and_project(CombineArgs args) {
   args.chunks = static_cast<int32_t>(ceil_div(args.partials.columns, 32 * 4));
-  LaunchShape shape = shape_of_project(args, kFoldThreads);
+  LaunchShape shape = shape_of_project(args, kFoldThreads, args.p.head_dim);
   shape.shared_bytes = kProjectRows * args.partials.columns * sizeof(float);
   launch<fold_and_project_kernel>("latent_attention_decode", shape, args.p.ctx, args);
 }
@@ -80,7 +89,7 @@ void combine(const LatentAttentionParams& p, const Partials& partials, float* fo
   const bool narrow = query_rows(p, partials) * ceil_div(partials.columns, kNarrowFold * 4) <=
                       kNarrowBlocks * device.sm_count;
   narrow ? launch_fold<kNarrowFold>(args) : launch_fold<kWideFold>(args);
-  launch_project(args);
+  launch_project(args, device);
 }
 
 }  // namespace int8_ops::cuda::attention

@@ -20,7 +20,8 @@ inline constexpr int32_t kFoldThreads = 256;
 inline constexpr int32_t kFoldWarps = kFoldThreads / 32;
 inline constexpr int32_t kClasses = 32;
 inline constexpr int32_t kClassesApart = kClasses / kFoldWarps;
-inline constexpr int32_t kFoldAhead = 8;  // splits whose loads a thread has under way
+inline constexpr int32_t kFoldAhead = 8;       // splits whose loads a thread has under way
+inline constexpr int32_t kStatsAtHand = 1024;  // splits' statistics in shared memory
 // Vectors of four columns a block folds: where rows are few, and where they are many.
 inline constexpr int32_t kNarrowFold = 8;
 inline constexpr int32_t kWideFold = 32;

@@ -39,7 +39,7 @@ __device__ __forceinline__ float4 from_lane_xor(const float4& a, int32_t mask) {
 
 // A block folds kVectors vectors of columns of one query row.
 template <int32_t kVectors>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kFoldThreads, 2)
     fold_splits_kernel(const __grid_constant__ CombineArgs args) {
   // Classes of a thread, and of a warp's lanes.
   constexpr int32_t kOwn = kVectors / (32 / kClassesApart);
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   __shared__ float maxima[kFoldWarps];
   __shared__ float4 sums[kFoldWarps][kVectors];
   __shared__ float totals[kFoldWarps];
+  __shared__ float2 at_hand[kStatsAtHand];
   ptx::grid_dependency_wait();
   const LatentAttentionParams& p = args.p;
   const Partials& partials = args.partials;
@@ -57,12 +58,18 @@ __global__ void __launch_bounds__(kFoldThreads)
   const int32_t row = row_number % partials.group_rows;
   const DecodeRow tokens = decode_row(p, batch_group / static_cast<int32_t>(p.groups));
   const int2 seen = tokens_seen(p, tokens, row % static_cast<int32_t>(p.q_len));
-  if (seen.x >= seen.y) return;
+  const int32_t tid = static_cast<int32_t>(threadIdx.x);
+  const int32_t column = chunk * kVectors * 4 + tid;
+  const bool writes = tid < kVectors * 4 && column < partials.columns;
+  float* to = args.folded + static_cast<int64_t>(row_number) * partials.columns + column;
+  if (seen.x >= seen.y) {
+    if (writes) *to = 0.0F;
+    return;
+  }
   // The splits of which this query sees something: what it doesn't see was not written.
   const int32_t first = (seen.x - tokens.begin) / kSplitTokens;
   const int32_t last = (seen.y - tokens.begin + kSplitTokens - 1) / kSplitTokens;
 
-  const int32_t tid = static_cast<int32_t>(threadIdx.x);
   const int32_t warp = tid / 32;
   const int32_t vector = chunk * kVectors + tid % kVectors;
   const bool active = vector < partials.columns / 4;
@@ -74,24 +81,23 @@ __global__ void __launch_bounds__(kFoldThreads)
 
   // Of the thread's splits the next kFoldAhead. One class: every 32nd; four: every eighth.
   constexpr int32_t kStep = kClasses / kOwn;
-  float2 stat[kFoldAhead];
   float4 x[kFoldAhead];
   const auto load = [&](int32_t split) {
 #pragma unroll
     for (int32_t i = 0; i < kFoldAhead; ++i, split += kStep) {
-      const bool there = split >= first && split < last;
-      stat[i] = make_float2(-INFINITY, 0.0F);
       x[i] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (there) stat[i] = __ldcg(stats + static_cast<int64_t>(split) * partials.group_rows);
-      if (there && active) x[i] = __ldcg(from + split * stride);
+      if (split >= first && split < last && active) x[i] = __ldcg(from + split * stride);
     }
   };
   int32_t split = first / kClasses * kClasses + warp;
   if constexpr (kOwn == 1) split += tid % 32 / kVectors * kFoldWarps;
   load(split);
+  // The largest score of all splits; of the first ones the statistics stay at hand.
   float most = -INFINITY;
   for (int32_t i = first + tid; i < last; i += kFoldThreads) {
-    most = fmaxf(most, __ldcg(&stats[static_cast<int64_t>(i) * partials.group_rows].x));
+    const float2 stat = __ldcg(stats + static_cast<int64_t>(i) * partials.group_rows);
+    if (i - first < kStatsAtHand) at_hand[i - first] = stat;
+    most = fmaxf(most, stat.x);
   }
   most = block_maximum(most, maxima);
 
@@ -101,9 +107,12 @@ __global__ void __launch_bounds__(kFoldThreads)
 #pragma unroll
     for (int32_t i = 0; i < kFoldAhead; ++i) {
       const int32_t number = split + i * kStep;
-      // NaN where the split's own maximum is; 0 where there is no split.
-      const float factor = number >= first && number < last ? exp2f(stat[i].x - most) : 0.0F;
-      total[i % kOwn] = fmaf(factor, stat[i].y, total[i % kOwn]);
+      if (number < first || number >= last) continue;
+      const float2 stat = number - first < kStatsAtHand
+                              ? at_hand[number - first]
+                              : __ldcg(stats + static_cast<int64_t>(number) * partials.group_rows);
+      const float factor = exp2f(stat.x - most);  // NaN where the split's own maximum is
+      total[i % kOwn] = fmaf(factor, stat.y, total[i % kOwn]);
       sum[i % kOwn] = scaled_add(factor, x[i], sum[i % kOwn]);
     }
     split += kFoldAhead * kStep;
@@ -124,8 +133,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   if (tid % 32 < kVectors) sums[warp][tid % 32] = sum[0];
   if (tid % 32 == 0) totals[warp] = total[0];
   __syncthreads();
-  const int32_t column = chunk * kVectors * 4 + tid;
-  if (tid >= kVectors * 4 || column >= partials.columns) return;
+  if (!writes) return;
   float y = 0.0F;
   float all = 0.0F;
 #pragma unroll
@@ -133,7 +141,7 @@ __global__ void __launch_bounds__(kFoldThreads)
     y = __fadd_rn(y, reinterpret_cast<const float*>(sums[w])[tid]);
     all = __fadd_rn(all, totals[w]);
   }
-  args.folded[static_cast<int64_t>(row_number) * partials.columns + column] = __fdiv_rn(y, all);
+  *to = __fdiv_rn(y, all);
 }
 
 }  // namespace int8_ops::cuda::attention

@@ -29,7 +29,11 @@ __global__ void __launch_bounds__(kFoldThreads)
     const int32_t r = item / args.chunks;
     const int32_t vector = item % args.chunks * 32 + lane;
     const int2 seen = tokens_seen(p, tokens, tile.row(args, r) % static_cast<int32_t>(p.q_len));
-    if (seen.x >= seen.y) continue;
+    auto* to = reinterpret_cast<float4*>(folded) + r * row_vectors + vector;
+    if (seen.x >= seen.y) {
+      if (vector < row_vectors) *to = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+      continue;
+    }
     const int32_t first = (seen.x - tokens.begin) / kSplitTokens;
     const int32_t last = (seen.y - tokens.begin + kSplitTokens - 1) / kSplitTokens;
     const int64_t at = partials.index(tile.batch_group(args), 0, tile.group_row(args, r));
@@ -68,20 +72,17 @@ __global__ void __launch_bounds__(kFoldThreads)
       total = __fadd_rn(total, __fadd_rn(__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3])));
     }
     if (vector >= row_vectors) continue;
-    reinterpret_cast<float4*>(folded)[r * row_vectors + vector] =
-        make_float4(__fdiv_rn(sum.x, total), __fdiv_rn(sum.y, total), __fdiv_rn(sum.z, total),
-                    __fdiv_rn(sum.w, total));
+    *to = make_float4(__fdiv_rn(sum.x, total), __fdiv_rn(sum.y, total), __fdiv_rn(sum.z, total),
+                      __fdiv_rn(sum.w, total));
   }
   ptx::grid_dependency_trigger();
   __syncthreads();
-  const int32_t element = (tile.part * kFoldWarps + warp) * kProjectElements;
-  if (element >= p.head_dim) return;
   const float* means[kProjectRows];
 #pragma unroll
   for (int32_t r = 0; r < kProjectRows; ++r) {
     means[r] = folded + min(r, rows - 1) * partials.columns;
   }
-  project_rows(args, tile, element, means);
+  project_part<kFoldWarps>(args, tile, tokens, means);
 }
 
 }  // namespace int8_ops::cuda::attention

@@ -7,8 +7,6 @@
 namespace int8_ops::cuda::attention {
 namespace {
 
-// That share a multiprocessor where their shared memory allows it.
-constexpr int64_t kBlocksPerSm = 2;
 // Of a multiprocessor's shared memory, what the driver keeps for each block.
 constexpr int64_t kReservedBytes = 1024;
 
@@ -35,6 +33,7 @@ GeneralShared divide_shared(const GeneralArgs& args, int64_t rows, int64_t panel
   shared.bias = take(panel_rows * 4);
   shared.table = take(kWarpTokens * (pairs + kTablePad) * 8);
   shared.queries = take(std::max(kWarps * rows * pairs * 8, rows * kThreads * 16));
+  shared.plain = take(rows * 2 * pairs * 4);
   shared.scores = take(rows * kSplitTokens * 4);
   shared.weights = take(rows * kSplitTokens * 4);
   shared.k_scale = take(args.p.k.count * kSplitTokens * 4);
@@ -62,9 +61,9 @@ void launch_general(GeneralArgs& args, const DeviceFacts& device) {
   args.shared = divide_shared(args, kRows, args.panel_tiles);
   args.row_blocks = static_cast<int32_t>(ceil_div(args.head_rows, kRows));
   args.lanes = checked_int32(p.kv_heads * args.row_blocks, "blocks");
-  const int64_t per_sm = std::clamp<int64_t>(
-      (device.shared_bytes_per_block + kReservedBytes) / (args.shared.bytes + kReservedBytes), 1,
-      kBlocksPerSm);
+  const int64_t fit =
+      (device.shared_bytes_per_block + kReservedBytes) / (args.shared.bytes + kReservedBytes);
+  const int64_t per_sm = std::clamp<int64_t>(fit, 1, kBlocksPerSm<kRows, kHeld>);
   const int64_t wanted = ceil_div(per_sm * device.sm_count, args.lanes);
   args.workers = static_cast<int32_t>(std::min(p.batch * args.partials.splits, wanted));
   LaunchShape shape;
@@ -93,17 +92,19 @@ void general_attend(const LatentAttentionParams& p, const Partials& partials,
   args.repeats = static_cast<int32_t>(p.heads / p.kv_heads);
   args.head_rows = static_cast<int32_t>(args.repeats * p.q_len);
   args.tiles = static_cast<int32_t>(ceil_div(p.head_dim / 2, kTilePairs));
+  bool wide = true;
   for (int64_t n = 0; n < p.k.count; ++n) {
     const LatentSlice& s = p.k.slices[n];
     args.steps += steps_of(s);
     args.wide_k[n] = all_multiples(s, 16);
+    wide = wide && args.wide_k[n];
     args.wide_a[n] = is_aligned(s.a, 16) && s.rank % 16 == 0 && width_of(s) % 16 == 0;
   }
   for (int64_t n = 0; n < p.v.count; ++n) args.wide_v[n] = all_multiples(p.v.slices[n], 4);
   // Rows differ by half the banks: eight lanes then read from all of them.
   args.pitch = args.steps * kStepBytes + (args.steps % 2 == 0 ? kStepBytes : 0);
   choose_panel(args, device);
-  if (args.steps > kHeldSteps) return launch_for_rows<false>(args, device);
+  if (args.steps > kHeldSteps || !wide) return launch_for_rows<false>(args, device);
   StepWalk walk = {args.p.k};
   for (int32_t i = 0; i < args.steps; ++i) args.held[i] = walk.next();
   launch_for_rows<true>(args, device);

@@ -12,6 +12,10 @@
 
 namespace int8_ops::cuda::attention {
 
+// Blocks that share a multiprocessor: where the registers of one are few enough.
+template <int kRows, bool kHeld>
+inline constexpr int kBlocksPerSm = kHeld && kRows <= 4 ? 2 : 1;
+
 // kRows: query rows that a block attends for. kHeld: the keys' latents stay in registers.
 template <int kRows, bool kHeld>
 __global__ void __launch_bounds__(kThreads, kHeld&& kRows <= 4 ? 2 : 1)
@@ -48,6 +52,7 @@ __global__ void __launch_bounds__(kThreads, kHeld&& kRows <= 4 ? 2 : 1)
         stage_panel(args, shared, head, first);
       }
       stage_queries<kRows>(args, shared, head, place, origin + place.begin, first);
+      ptx::cp_async_wait_group<0>();
       __syncthreads();
       const int32_t tiles = min(args.panel_tiles, args.tiles - first);
 #pragma unroll 1

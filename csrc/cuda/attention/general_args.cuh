@@ -41,6 +41,7 @@ struct GeneralShared {
   uint32_t bias = 0;     // float [panel rows]
   uint32_t table = 0;    // float2 [kWarpTokens][panel pairs + kTablePad]: cosine, sine
   uint32_t queries = 0;  // float2 [kWarps][rows][panel pairs]; later the sums of token groups
+  uint32_t plain = 0;    // float [rows][2][panel pairs]: queries as they are, scaled
   uint32_t scores = 0;   // float [rows][kSplitTokens]
   uint32_t weights = 0;  // float [kSplitTokens][rows]
   uint32_t k_scale = 0;  // float [slices][kSplitTokens]
@@ -73,7 +74,7 @@ struct GeneralArgs {
   int32_t steps;        // of kStepBytes, of all slices of the keys
   int32_t pitch;        // bytes from row to row of A in shared memory
   bool a_in_shared;
-  Step held[kHeldSteps];  // the steps, where there are no more
+  Step held[kHeldSteps];  // the steps, where there are no more and all latents are wide
   // Whether 16 bytes of latents, of A, and four of values may be read at once.
   bool wide_k[kMaxSlices];
   bool wide_a[kMaxSlices];

@@ -46,9 +46,10 @@ __device__ __forceinline__ void unpack(StepKind kind, const StepLatents& bytes,
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[h][i] = bytes[h][i];
-      if (kind == StepKind::kLow) words[h][i] = low_int4(bytes[h][i]);
-      if (kind == StepKind::kHigh) words[h][i] = high_int4(bytes[h][i]);
+      const uint32_t word = bytes[h][i];
+      words[h][i] = kind == StepKind::kInt8  ? word
+                    : kind == StepKind::kLow ? low_int4(word)
+                                             : high_int4(word);
     }
   }
 }
@@ -160,14 +161,16 @@ __device__ __forceinline__ void score_held(const GeneralArgs& args, const char* 
                                            float (&scores)[kRows][2]) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   StepLatents held[kHeldSteps];
+  // Without a branch between them the loads are all under way at once.
 #pragma unroll
   for (int i = 0; i < kHeldSteps; ++i) {
     if (i >= args.steps) break;
-    const Step& step = args.held[i];
-    const LatentSlice& s = args.p.k.slices[step.slice];
-    StepLatents bytes;
-    TokenRows(s, place, pass).load(step.byte, width_of(s), args.wide_k[step.slice], bytes);
-    unpack(step.kind, bytes, held[i]);
+    const LatentSlice& s = args.p.k.slices[args.held[i].slice];
+    TokenRows(s, place, pass).load(args.held[i].byte, width_of(s), true, held[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeldSteps; ++i) {
+    if (i < args.steps) unpack(args.held[i].kind, held[i], held[i]);
   }
   for (int32_t tile = 0; tile < tiles; ++tile) {
     TileSums sums;
@@ -216,7 +219,8 @@ __device__ __forceinline__ void score_streamed(const GeneralArgs& args, const ch
             a = a_operand(args, shared, row + half * kTilePairs, number);
           } else {
             uint32_t chunk[4];
-            load_a_chunk(args, head, first_tile, row + half * kTilePairs, step, lane % 4, chunk);
+            const AChunk place_of(args, head, first_tile, row + half * kTilePairs, step, lane % 4);
+            load_bytes(place_of.from, place_of.valid, args.wide_a[step.slice], chunk);
             a = make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
           }
           multiply_step(words, a, sums[i][half]);

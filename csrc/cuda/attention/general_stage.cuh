@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../epilogue/convert.cuh"
+#include "../ptx/cp_async.cuh"
 #include "general_args.cuh"
 #include "latent_bytes.cuh"
 #include "rope.cuh"
@@ -36,21 +37,28 @@ __device__ __forceinline__ const float* scales_at(const LatentSlice& s, const Sp
          place.begin;
 }
 
-// 16 bytes of A for a step: of row `row` of the panel that begins with tile `first_tile`, zeros
-// where head or rank end.
-__device__ __forceinline__ void load_a_chunk(const GeneralArgs& args, const HeadPlace& head,
-                                             int32_t first_tile, int32_t row, const Step& step,
-                                             int32_t chunk, uint32_t (&words)[4]) {
-  const LatentSlice& s = args.p.k.slices[step.slice];
-  const auto half_dim = static_cast<int32_t>(args.p.head_dim / 2);
-  const int32_t pair = (first_tile + row / kTileRows) * kTilePairs + row % kTilePairs;
-  const int64_t channel = static_cast<int64_t>(head.head) * args.p.head_dim + pair +
-                          (row % kTileRows < kTilePairs ? 0 : half_dim);
-  const int32_t byte = step.byte + chunk * 16;
-  const int32_t column = byte + (step.kind == StepKind::kHigh ? width_of(s) : 0);
-  const int32_t valid = pair < half_dim ? width_of(s) - byte : 0;
-  load_bytes(s.a + channel * s.rank + column, valid, args.wide_a[step.slice], words);
-}
+// Where 16 bytes of A for a step lie, of row `row` of the panel that begins with tile `first_tile`,
+// and how many of them are there: none, or fewer, where head or rank end.
+struct AChunk {
+  const int8_t* from;
+  int32_t valid;
+
+  __device__ __forceinline__ AChunk(const GeneralArgs& args, const HeadPlace& head,
+                                    int32_t first_tile, int32_t row, const Step& step,
+                                    int32_t chunk) {
+    const LatentSlice& s = args.p.k.slices[step.slice];
+    const auto half_dim = static_cast<int32_t>(args.p.head_dim / 2);
+    const int32_t pair = (first_tile + row / kTileRows) * kTilePairs + row % kTilePairs;
+    const int64_t channel = static_cast<int64_t>(head.head) * args.p.head_dim + pair +
+                            (row % kTileRows < kTilePairs ? 0 : half_dim);
+    const int32_t byte = step.byte + chunk * 16;
+    valid = pair < half_dim ? width_of(s) - byte : 0;
+    from = s.a;
+    if (valid > 0) {
+      from += channel * s.rank + byte + (step.kind == StepKind::kHigh ? width_of(s) : 0);
+    }
+  }
+};
 
 // A, its scales, the bias and the turns of the tokens' offsets, for the pairs of a panel.
 __device__ __forceinline__ void stage_panel(const GeneralArgs& args, char* shared,
@@ -62,15 +70,19 @@ __device__ __forceinline__ void stage_panel(const GeneralArgs& args, char* share
     StepWalk walk = {args.p.k};
     for (int32_t number = 0; number < args.steps; ++number) {
       const Step step = walk.next();
-#pragma unroll 2
       for (int32_t i = static_cast<int32_t>(threadIdx.x); i < rows * 4; i += kThreads) {
-        uint32_t words[4];
-        load_a_chunk(args, head, first_tile, i / 4, step, i % 4, words);
-        *reinterpret_cast<uint4*>(shared + args.shared.a + i / 4 * args.pitch +
-                                  number * kStepBytes + i % 4 * 16) =
-            make_uint4(words[0], words[1], words[2], words[3]);
+        const AChunk chunk(args, head, first_tile, i / 4, step, i % 4);
+        char* to = shared + args.shared.a + i / 4 * args.pitch + number * kStepBytes + i % 4 * 16;
+        if (args.wide_a[step.slice]) {
+          ptx::cp_async_16(ptx::shared_address(to), chunk.from, chunk.valid > 0 ? 16 : 0);
+        } else {
+          uint32_t words[4];
+          load_bytes(chunk.from, chunk.valid, false, words);
+          *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
     }
+    ptx::cp_async_commit_group();
   }
   auto* a_scale = reinterpret_cast<float*>(shared + args.shared.a_scale);
   auto* bias = reinterpret_cast<float*>(shared + args.shared.bias);
@@ -107,35 +119,73 @@ __device__ __forceinline__ void find_queries(const GeneralArgs& args, char* shar
       query_head * args.p.q_head_stride + row % q_len * args.p.q_token_stride;
 }
 
-// The queries of a panel's pairs, scaled, for each warp turned back by its first token's angle.
+__device__ __forceinline__ float as_float(float x) { return x; }
+__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// A panel's pairs of the queries, scaled: [rows][2][pairs], zeros past the head's last pair.
+template <int kRows, typename T>
+__device__ __forceinline__ void copy_queries(const GeneralArgs& args, char* shared,
+                                             const HeadPlace& head, const T* q,
+                                             int32_t first_pair) {
+  constexpr float kLog2E = 1.44269504F;
+  const int32_t pairs = args.panel_tiles * kTilePairs;
+  const auto half_dim = static_cast<int32_t>(args.p.head_dim / 2);
+  const float scaling = __fmul_rn(args.p.scaling, kLog2E);
+  const auto* q_rows = reinterpret_cast<const int64_t*>(shared + args.shared.q_rows);
+  auto* to = reinterpret_cast<float*>(shared + args.shared.plain);
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < 2 * pairs; i += kThreads) {
+    const int32_t pair = first_pair + (i < pairs ? i : i - pairs);
+    const int32_t channel = pair + (i < pairs ? 0 : half_dim);
+    T values[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (pair < half_dim && r < head.rows) values[r] = q[q_rows[r] + channel];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      to[r * 2 * pairs + i] = __fmul_rn(as_float(values[r]), scaling);
+    }
+  }
+}
+
+// The queries of a panel's pairs, for each warp turned back by its first token's angle.
 template <int kRows>
 __device__ __forceinline__ void stage_queries(const GeneralArgs& args, char* shared,
                                               const HeadPlace& head, const SplitPlace& place,
                                               int32_t position, int32_t first_tile) {
-  constexpr float kLog2E = 1.44269504F;
   const LatentAttentionParams& p = args.p;
   const int32_t pairs = args.panel_tiles * kTilePairs;
-  const auto half_dim = static_cast<int32_t>(p.head_dim / 2);
-  const auto* q_rows = reinterpret_cast<const int64_t*>(shared + args.shared.q_rows);
-  const float scaling = __fmul_rn(p.scaling, kLog2E);
+  const int32_t first_pair = first_tile * kTilePairs;
+  const int64_t at = place.batch * p.q_batch_stride;
+  switch (p.q_dtype) {
+    case DType::kFloat16:
+      copy_queries<kRows>(args, shared, head, static_cast<const __half*>(p.q) + at, first_pair);
+      break;
+    case DType::kBFloat16:
+      copy_queries<kRows>(args, shared, head, static_cast<const __nv_bfloat16*>(p.q) + at,
+                          first_pair);
+      break;
+    default:
+      copy_queries<kRows>(args, shared, head, static_cast<const float*>(p.q) + at, first_pair);
+  }
+  __syncthreads();
+  const auto* plain = reinterpret_cast<const float*>(shared + args.shared.plain);
   auto* queries = reinterpret_cast<float2*>(shared + args.shared.queries);
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kWarps * pairs; i += kThreads) {
     const int32_t warp = i / pairs;
-    const int32_t pair = first_tile * kTilePairs + i % pairs;
-    const bool there = pair < half_dim;
-    const float2 turn = there ? rotation(position + warp * kWarpTokens, __ldg(p.inv_freq + pair))
-                              : make_float2(0.0F, 0.0F);
+    const int32_t own = i % pairs;
+    float2 turn = make_float2(0.0F, 0.0F);
+    if (first_pair + own < p.head_dim / 2) {
+      turn = rotation(position + warp * kWarpTokens, __ldg(p.inv_freq + first_pair + own));
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float2 turned = make_float2(0.0F, 0.0F);
-      if (there && r < head.rows) {
-        const int64_t at = place.batch * p.q_batch_stride + q_rows[r] + pair;
-        const float first = __fmul_rn(load_float(p.q, p.q_dtype, at), scaling);
-        const float second = __fmul_rn(load_float(p.q, p.q_dtype, at + half_dim), scaling);
-        turned.x = fmaf(second, turn.y, __fmul_rn(first, turn.x));
-        turned.y = fmaf(second, turn.x, -__fmul_rn(first, turn.y));
-      }
-      queries[(warp * kRows + r) * pairs + i % pairs] = turned;
+      const float first = plain[r * 2 * pairs + own];
+      const float second = plain[r * 2 * pairs + pairs + own];
+      queries[(warp * kRows + r) * pairs + own] =
+          make_float2(fmaf(second, turn.y, __fmul_rn(first, turn.x)),
+                      fmaf(second, turn.x, -__fmul_rn(first, turn.y)));
     }
   }
 }

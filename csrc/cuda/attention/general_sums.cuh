@@ -93,23 +93,41 @@ __device__ __forceinline__ void load_weights(const float* from, float (&weights)
   }
 }
 
-// Four columns of some tokens: weights times latents.
-template <int kRows>
-__device__ __forceinline__ void sum_tokens(const int8_t* latents, int64_t stride, int32_t count,
-                                           int32_t valid, bool wide, bool high, bool packed,
-                                           const float* weights, float (&sums)[kRows][4]) {
-  constexpr int kAhead = 8;
-  for (int32_t first = 0; first < count; first += kAhead, latents += kAhead * stride) {
-    uint32_t words[kAhead][1];
+// Where a thread reads four columns of some tokens.
+struct Columns {
+  const int8_t* from;
+  int64_t stride;
+  int32_t valid;  // bytes
+  StepKind kind;
+};
+
+// Four columns of `count` tokens: weights times latents.
+template <int kRows, bool kWide>
+__device__ __forceinline__ void sum_tokens(Columns columns, int32_t count, const float* weights,
+                                           float (&sums)[kRows][4]) {
+  constexpr int kAhead = 4;
+  uint32_t next[kAhead][1];
+  const auto load = [&](int32_t first) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      load_bytes(latents + i * stride, first + i < count ? valid : 0, wide, words[i]);
+      load_bytes(columns.from + i * columns.stride, first + i < count ? columns.valid : 0, kWide,
+                 next[i]);
     }
+    columns.from += kAhead * columns.stride;
+  };
+  load(0);
+  for (int32_t first = 0; first < count; first += kAhead) {
+    uint32_t words[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) words[i] = next[i][0];
+    load(first + kAhead);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= count) break;
-      uint32_t word = words[i][0];
-      if (packed) word = high ? high_int4(word) : low_int4(word);
+      uint32_t word = words[i];
+      if (columns.kind != StepKind::kInt8) {
+        word = columns.kind == StepKind::kHigh ? high_int4(word) : low_int4(word);
+      }
       float own[kRows];
       load_weights(weights + (first + i) * kRows, own);
       float latent[4];
@@ -119,9 +137,8 @@ __device__ __forceinline__ void sum_tokens(const int8_t* latents, int64_t stride
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float weight = own[r];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[r][j] = fmaf(weight, latent[j], sums[r][j]);
+        for (int j = 0; j < 4; ++j) sums[r][j] = fmaf(own[r], latent[j], sums[r][j]);
       }
     }
   }
@@ -148,10 +165,16 @@ __device__ __forceinline__ void sum_slice(const GeneralArgs& args, char* shared,
     const int32_t byte = (high ? unit - half_units : unit) * 4;
     float sums[kRows][4] = {};
     if (unit < units) {
-      const auto* weights = reinterpret_cast<const float*>(shared + args.shared.weights);
-      sum_tokens<kRows>(latents_at(s, place) + begin * s.q_token_stride + byte, s.q_token_stride,
-                        min(share, place.tokens - begin), width_of(s) - byte, args.wide_v[n], high,
-                        s.packed, weights + begin * kRows, sums);
+      const auto* weights =
+          reinterpret_cast<const float*>(shared + args.shared.weights) + begin * kRows;
+      const Columns columns = {latents_at(s, place) + begin * s.q_token_stride + byte,
+                               s.q_token_stride, width_of(s) - byte,
+                               !s.packed ? StepKind::kInt8
+                               : high    ? StepKind::kHigh
+                                         : StepKind::kLow};
+      const int32_t count = min(share, place.tokens - begin);
+      args.wide_v[n] ? sum_tokens<kRows, true>(columns, count, weights, sums)
+                     : sum_tokens<kRows, false>(columns, count, weights, sums);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {

@@ -42,74 +42,86 @@ struct RowTile {
 };
 
 // Four values of a row of A from `column` on, zeros past its end.
-__device__ __forceinline__ void load_a(const int8_t* row, int32_t column, int32_t rank, bool vector,
-                                       float (&a)[4]) {
+template <bool kVector>
+__device__ __forceinline__ uint32_t load_a(const int8_t* row, int32_t column, int32_t rank) {
+  if constexpr (kVector) return __ldg(reinterpret_cast<const uint32_t*>(row + column));
   uint32_t word = 0;
-  if (vector) {
-    if (column < rank) word = __ldg(reinterpret_cast<const uint32_t*>(row + column));
-  } else {
 #pragma unroll
-    for (int32_t i = 0; i < 4; ++i) {
-      if (column + i < rank) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(__ldg(row + column + i))) << (8 * i);
+  for (int32_t i = 0; i < 4; ++i) {
+    if (column + i < rank) {
+      word |= static_cast<uint32_t>(static_cast<uint8_t>(__ldg(row + column + i))) << (8 * i);
+    }
+  }
+  return word;
+}
+
+using ElementSums = float[kProjectElements][kProjectRows];
+
+// A lane's share of a slice's products. Rows of which nothing is seen have means of 0.
+template <bool kVector>
+__device__ __forceinline__ void add_products(const int8_t* a, int32_t rank, int32_t first_column,
+                                             const float* const (&means)[kProjectRows],
+                                             ElementSums& sums) {
+#pragma unroll 2
+  for (int32_t column = static_cast<int32_t>(threadIdx.x) % 32 * 4; column < rank; column += 128) {
+    uint32_t words[kProjectElements];
+#pragma unroll
+    for (int32_t e = 0; e < kProjectElements; ++e) {
+      words[e] = load_a<kVector>(a + static_cast<int64_t>(e) * rank, column, rank);
+    }
+    float4 x[kProjectRows];
+#pragma unroll
+    for (int32_t r = 0; r < kProjectRows; ++r) {
+      x[r] = *reinterpret_cast<const float4*>(means[r] + first_column + column);
+      if constexpr (kVector) continue;
+      // Columns are padded to fours, and what the padding holds is not to be multiplied.
+      if (column + 1 >= rank) x[r].y = 0.0F;
+      if (column + 2 >= rank) x[r].z = 0.0F;
+      if (column + 3 >= rank) x[r].w = 0.0F;
+    }
+#pragma unroll
+    for (int32_t e = 0; e < kProjectElements; ++e) {
+      float y[4];
+#pragma unroll
+      for (int32_t i = 0; i < 4; ++i) {
+        y[i] = static_cast<float>(static_cast<int8_t>(words[e] >> (8 * i)));
+      }
+#pragma unroll
+      for (int32_t r = 0; r < kProjectRows; ++r) {
+        sums[e][r] = fmaf(y[0], x[r].x, sums[e][r]);
+        sums[e][r] = fmaf(y[1], x[r].y, sums[e][r]);
+        sums[e][r] = fmaf(y[2], x[r].z, sums[e][r]);
+        sums[e][r] = fmaf(y[3], x[r].w, sums[e][r]);
       }
     }
   }
-#pragma unroll
-  for (int32_t i = 0; i < 4; ++i) a[i] = static_cast<float>(static_cast<int8_t>(word >> (8 * i)));
 }
 
 // A warp makes kProjectElements elements of kProjectRows query rows of a head, from the rows'
 // means; its lanes share the columns, four at a time.
 __device__ __forceinline__ void project_rows(const CombineArgs& args, const RowTile& tile,
-                                             int32_t element,
+                                             const DecodeRow& tokens, int32_t element,
                                              const float* const (&means)[kProjectRows]) {
   const LatentAttentionParams& p = args.p;
   const auto q_len = static_cast<int32_t>(p.q_len);
   const auto head_dim = static_cast<int32_t>(p.head_dim);
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const DecodeRow tokens = decode_row(p, tile.batch);
-  bool any[kProjectRows];
-#pragma unroll
-  for (int32_t r = 0; r < kProjectRows; ++r) {
-    const int2 seen = tokens_seen(p, tokens, tile.row(args, r) % q_len);
-    any[r] = seen.x < seen.y;
-  }
-  float sum[kProjectElements][kProjectRows] = {};
+  ElementSums sum = {};
   for (int32_t n = 0; n < p.v.count; ++n) {
     const LatentSlice& s = p.v.slices[n];
     const auto rank = static_cast<int32_t>(s.rank);
     const int64_t a_row = static_cast<int64_t>(tile.head) * head_dim + element;
-    float own[kProjectElements][kProjectRows] = {};
-#pragma unroll 2
-    for (int32_t column = lane * 4; column < rank; column += 128) {
-      float a[kProjectElements][4];
-#pragma unroll
-      for (int32_t e = 0; e < kProjectElements; ++e) {
-        load_a(s.a + (a_row + e) * rank, column, rank, args.vector_a[n], a[e]);
-      }
-#pragma unroll
-      for (int32_t r = 0; r < kProjectRows; ++r) {
-        if (!any[r]) continue;  // nothing was written
-        // Columns are padded to fours, and what the padding holds is not to be multiplied.
-        float4 x = *reinterpret_cast<const float4*>(means[r] + args.partials.column_of[n] + column);
-        if (column + 1 >= rank) x.y = 0.0F;
-        if (column + 2 >= rank) x.z = 0.0F;
-        if (column + 3 >= rank) x.w = 0.0F;
-#pragma unroll
-        for (int32_t e = 0; e < kProjectElements; ++e) {
-          own[e][r] = fmaf(a[e][0], x.x, own[e][r]);
-          own[e][r] = fmaf(a[e][1], x.y, own[e][r]);
-          own[e][r] = fmaf(a[e][2], x.z, own[e][r]);
-          own[e][r] = fmaf(a[e][3], x.w, own[e][r]);
-        }
-      }
+    const float scale[kProjectElements] = {__ldg(s.a_scale + a_row), __ldg(s.a_scale + a_row + 1)};
+    ElementSums own = {};
+    if (args.vector_a[n]) {
+      add_products<true>(s.a + a_row * rank, rank, args.partials.column_of[n], means, own);
+    } else {
+      add_products<false>(s.a + a_row * rank, rank, args.partials.column_of[n], means, own);
     }
 #pragma unroll
     for (int32_t e = 0; e < kProjectElements; ++e) {
-      const float scale = __ldg(s.a_scale + a_row + e);
 #pragma unroll
-      for (int32_t r = 0; r < kProjectRows; ++r) sum[e][r] = fmaf(own[e][r], scale, sum[e][r]);
+      for (int32_t r = 0; r < kProjectRows; ++r) sum[e][r] = fmaf(own[e][r], scale[e], sum[e][r]);
     }
   }
   // Lanes are added in the same order whatever the row: halves, quarters and so on. The first
@@ -150,14 +162,23 @@ __device__ __forceinline__ void project_rows(const CombineArgs& args, const RowT
   store_float(p.out, p.q_dtype, at, seen.x < seen.y ? y : 0.0F);
 }
 
-__global__ void __launch_bounds__(kProjectThreads, 1)
+// A block's part of the head: its warps take turns.
+template <int32_t kWarpsOfBlock>
+__device__ __forceinline__ void project_part(const CombineArgs& args, const RowTile& tile,
+                                             const DecodeRow& tokens,
+                                             const float* const (&means)[kProjectRows]) {
+  const int32_t warp = tile.part * kWarpsOfBlock + static_cast<int32_t>(threadIdx.x) / 32;
+  const int32_t step = args.parts * kWarpsOfBlock * kProjectElements;
+  for (int32_t e = warp * kProjectElements; e < args.p.head_dim; e += step) {
+    project_rows(args, tile, tokens, e, means);
+  }
+}
+
+__global__ void __launch_bounds__(kProjectThreads)
     project_kernel(const __grid_constant__ CombineArgs args) {
   ptx::grid_dependency_wait();
   const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
-  const int32_t element =
-      (tile.part * (kProjectThreads / 32) + static_cast<int32_t>(threadIdx.x) / 32) *
-      kProjectElements;
-  if (element >= args.p.head_dim) return;
+  const DecodeRow tokens = decode_row(args.p, tile.batch);
   const float* means[kProjectRows];
 #pragma unroll
   for (int32_t r = 0; r < kProjectRows; ++r) {
@@ -166,7 +187,8 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
                        tile.group_row(args, r)) *
                           args.partials.columns;
   }
-  project_rows(args, tile, element, means);
+  project_part<kProjectThreads / 32>(args, tile, tokens, means);
+  ptx::grid_dependency_trigger();
 }
 
 }  // namespace int8_ops::cuda::attention
