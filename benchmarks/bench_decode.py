@@ -1,9 +1,10 @@
-"""Attention of one decode step over integer latents on the CPU: the kernel and the general path.
+"""Attention of one decode step over integer latents: the kernel and the general path.
 
 ``attend_integers`` (``latent_attention_decode``) against ``attend`` (keys rebuilt by the int8
 matmul, rotated, scored; values absorbed), on one layer's cache of random integers, in one process
 and in turn. Cosines and sines, which the general path makes once a pass for all layers, are made
-before. ``INT8_OPS_CPU_ISA`` chooses the instruction set. See benchmarks/README.md.
+before. On the CPU ``INT8_OPS_CPU_ISA`` chooses the instruction set; on CUDA the time is that of
+captured calls, L2 warm for both. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
 )
 
 from int8_ops._bench.facts import cpu_facts, print_facts, software_facts  # noqa: E402
+from int8_ops._bench.timing import GraphTimer  # noqa: E402
 from int8_ops.llama import decode  # noqa: E402
 from int8_ops.llama.attention import attend  # noqa: E402
 from int8_ops.llama.families import attention_class  # noqa: E402
@@ -48,9 +50,10 @@ CONTEXTS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DIFFERENCE_BAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 ROUNDS = 15
 ROUND_SECONDS = 0.04
+CAPTURED_CALLS = 10
 
 
-def make_layer(name: str, dtype: torch.dtype) -> Any:
+def make_layer(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A layer's attention with random integers as A."""
     hidden, heads, kv_heads, size, spec = SHAPES[name]
     config = transformers.LlamaConfig(
@@ -68,10 +71,12 @@ def make_layer(name: str, dtype: torch.dtype) -> Any:
         for piece in projection.pieces():
             piece.A_int8.random_(-127, 128)
             piece.A_scale.fill_(0.3 / 127)
-    return layer.eval()
+    return layer.eval().to(device)
 
 
-def make_stored(spec: LayerSpec, batch: int, tokens: int) -> tuple[list[Any], list[Any]]:
+def make_stored(
+    spec: LayerSpec, batch: int, tokens: int, device: torch.device
+) -> tuple[list[Any], list[Any]]:
     """Random integers for ``tokens`` tokens, with scales that make keys and values of size 1."""
     streams = []
     for stream in (spec.k, spec.v):
@@ -80,13 +85,18 @@ def make_stored(spec: LayerSpec, batch: int, tokens: int) -> tuple[list[Any], li
             q = torch.randint(-128, 128, (batch, spec.groups, tokens, part.width)).to(torch.int8)
             step = (0.35 if part.bits == 4 else 0.03) / part.rank**0.5
             scale = torch.rand(batch, spec.groups, tokens) * step + step / 2
-            parts.append((q, scale))
+            parts.append((q.to(device), scale.to(device)))
         streams.append(parts)
     return streams[0], streams[1]
 
 
-def seconds_each(calls: list[Callable[[], Tensor]]) -> list[float]:
-    """The least seconds of each call, taken in turn: what else runs on the machine only adds."""
+def seconds_each(calls: list[Callable[[], Tensor]], device: torch.device) -> list[float]:
+    """Seconds of each call, taken in turn: the least on a CPU, for what else runs only adds."""
+    if device.type == "cuda":
+        timer = GraphTimer(device)
+        captured = [timer.capture([call] * CAPTURED_CALLS) for call in calls]
+        timer.time_interleaved(captured, ROUNDS)
+        return [1e-6 * one.median_us for one in captured]
     counts = []
     for call in calls:
         call()
@@ -107,14 +117,15 @@ def seconds_each(calls: list[Callable[[], Tensor]]) -> list[float]:
 def measure(layer: Any, dtype: torch.dtype, batch: int, queries: int, tokens: int) -> list[float]:
     """Seconds of the general path and of the kernel. Raises where their results differ."""
     spec = layer.spec
-    stored = make_stored(spec, batch, tokens)
+    device = layer.k_proj.pieces()[0].A_int8.device
+    stored = make_stored(spec, batch, tokens, device)
     heads = layer.config.num_attention_heads
-    query = torch.randn(batch, queries, heads, layer.head_dim).to(dtype).transpose(1, 2)
-    position = torch.arange(tokens)[None]
+    query = torch.randn(batch, queries, heads, layer.head_dim).to(device, dtype).transpose(1, 2)
+    position = torch.arange(tokens, device=device)[None]
     rotary = layer.rotary_emb(query, position)
-    numbers = torch.zeros(batch, dtype=torch.int32)
+    numbers = torch.zeros(batch, dtype=torch.int32, device=device)
     rows = decode.Rows(numbers, numbers + tokens, numbers)
-    own = tokens - queries + torch.arange(queries)[:, None]
+    own = tokens - queries + torch.arange(queries, device=device)[:, None]
     mask = None if queries == 1 else (position <= own)[None, None].expand(batch, -1, -1, -1)
 
     def general() -> Tensor:
@@ -130,7 +141,7 @@ def measure(layer: Any, dtype: torch.dtype, batch: int, queries: int, tokens: in
     difference = float((got - expected).norm() / expected.norm())
     if not difference < DIFFERENCE_BAR[dtype]:
         raise RuntimeError(f"the two paths differ by {difference:.1e} at {tokens} tokens")
-    return seconds_each([general, kernel])
+    return seconds_each([general, kernel], device)
 
 
 def main() -> None:
@@ -142,17 +153,24 @@ def main() -> None:
     parser.add_argument("--queries", nargs="+", type=int, default=(1, 8))
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    facts = {**software_facts(), **cpu_facts(), "transformers": transformers.__version__}
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        device_facts = GraphTimer(device).device_facts()
+    else:
+        device_facts = cpu_facts()
+    facts = {**software_facts(), **device_facts, "transformers": transformers.__version__}
     print_facts(facts)
     print(f"{'shape':>15} {'dtype':>9} queries  tokens  general us   kernel us  times faster")
     lines = []
     for name in arguments.shapes:
         for dtype_name in arguments.dtypes:
-            layer = make_layer(name, getattr(torch, dtype_name))
+            layer = make_layer(name, getattr(torch, dtype_name), device)
             for queries in arguments.queries:
                 for tokens in (n for n in arguments.contexts if n > queries):
                     dtype = getattr(torch, dtype_name)

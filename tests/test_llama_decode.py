@@ -160,6 +160,26 @@ def test_every_instruction_set_has_its_measured_rule():
     assert {("cpu", isa) for isa in _build.cpu_isas()} <= set(decode.FROM_TOKENS)
 
 
+def test_the_rule_of_a_gpu_is_that_of_its_architecture(monkeypatch):
+    monkeypatch.setattr(decode, "CUDA_KINDS", {0: "sm90", 1: ""})
+    assert decode.from_tokens(torch.device("cuda", 0)) == 0
+    assert decode.from_tokens(torch.device("cuda", 1)) is None
+    assert decode.from_tokens(torch.device("meta")) is None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_model_on_hopper_takes_the_kernel_by_itself(calls):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    model = make_converted("llama", BOTH).to("cuda")
+    ids = ids_of(2, 30).to("cuda")
+    out = model(ids[:, :29], use_cache=True)
+    before = len(calls)
+    model(ids[:, 29:], past_key_values=out.past_key_values)
+    assert len(calls) > before
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
 def test_padding_in_the_middle_and_masks_of_ones_own_take_the_general_path(calls, family):

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "FROM_TOKENS", "Rows", "attend_integers", "read_rows", "why_general"]
 
-# From how many cached tokens on the kernel is the faster one, by device and, on the CPU, by
-# instruction set; None: nowhere, or not measured. benchmarks/bench_decode.py measures it.
+# From how many cached tokens on the kernel is the faster one, by device and instruction set or
+# architecture; None: nowhere, or not measured. benchmarks/bench_decode.py measures it.
 FROM_TOKENS: dict[tuple[str, str], int | None] = {
     ("cpu", "avx512_vnni"): 0,
     ("cpu", "avx2"): 128,
     ("cpu", "portable"): None,
+    ("cuda", "sm90"): 0,
     ("cuda", ""): None,
 }
 CHOICES = ("auto", "kernel", "general")
@@ -74,9 +75,22 @@ def _cpu_isa() -> str:
 CPU_ISA = _cpu_isa()
 
 
-def from_tokens(device_type: str) -> int | None:
+# "sm90" or "", by the number of the device; a pass outside of a graph fills it in.
+CUDA_KINDS: dict[int, str] = {}
+
+
+def from_tokens(device: torch.device) -> int | None:
     """``FROM_TOKENS`` of a device, for this process."""
-    return FROM_TOKENS.get((device_type, CPU_ISA if device_type == "cpu" else ""))
+    if device.type == "cpu":
+        kind = CPU_ISA
+    elif device.type == "cuda" and device.index is not None:
+        if device.index not in CUDA_KINDS and not torch.compiler.is_compiling():
+            hopper = torch.cuda.get_device_capability(device) == (9, 0)
+            CUDA_KINDS[device.index] = "sm90" if hopper else ""
+        kind = CUDA_KINDS.get(device.index, "")
+    else:
+        kind = ""
+    return FROM_TOKENS.get((device.type, kind))
 
 
 def rope_of(rotary_emb: nn.Module) -> tuple[Tensor, float] | None:
@@ -128,9 +142,9 @@ def why_general(
         return "RoPE that changes with the length"
     if module.decode == "kernel":
         return None
-    least = from_tokens(device)
+    least = from_tokens(query.device)
     if least is None:
-        return f"not measured to be faster on {device}"
+        return f"not measured to be faster on this {device} device"
     return f"below {least} tokens" if tokens < least else None
 
 
