@@ -80,6 +80,7 @@ struct RowFacts {
 // Of the warpgroup that turns queries and makes weights, by row of the block.
 struct WeightScratch {
   float2 turns[kQueryBuffers][kMaxPairs * 2];
+  float inv_freq[kMaxPairs];
   float2 largest[kBlockRows][4];
   float2 query_factor[kBlockRows];
   float score_factor[kBlockRows];

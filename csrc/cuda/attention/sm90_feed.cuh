@@ -81,6 +81,20 @@ struct Feed {
     for (int32_t head = task.heads; head < kMaxQuads; ++head) ptx::mbarrier_arrive(full + head * 8);
   }
 
+  // Of a task, to L2: the ring has room for a few boxes, and memory is farther away than their
+  // turn.
+  __device__ __forceinline__ void prefetch_values(const Task& task) const {
+    for (int32_t slice = 0; slice < args.p.v.count; ++slice) {
+      const LatentSlice& s = args.p.v.slices[slice];
+      for (int32_t column = 0; column < width_of(s); column += kBoxWidth) {
+        for (int32_t token = 0; token < task.tokens; token += kBoxTokens) {
+          ptx::tma_prefetch_4d(&args.v_maps[slice], column, task.first_token + token, task.group,
+                               task.b);
+        }
+      }
+    }
+  }
+
   // And each lane's A before.
   template <int kSize>
   __device__ __forceinline__ void load_values() const {
@@ -90,6 +104,7 @@ struct Feed {
     block.for_each_task([&](const Task& task) {
       if (task.lane_starts != 0 && elected()) load_a<kSize>(task);
       __syncwarp();
+      if (elected()) prefetch_values(task);
       for (int32_t slice = 0; slice < args.p.v.count; ++slice) {
         const int32_t width = width_of(args.p.v.slices[slice]);
         for (int32_t column = 0; column < width; column += kBoxWidth) {

@@ -27,9 +27,12 @@ struct ScoreMaker {
   using Sums = int32_t[kStepChannels / 2];
   using Latents = uint32_t[kChunks][4][4];  // of 128 values, of 32, a fragment
   using Turns = float2[4][2];               // of eight channels, of a thread's two
-  // A second step's sums have registers beside so much of the latents; beyond, the other warpgroup
-  // alone keeps the tensor cores busy.
-  static constexpr int kOverlappedChunks = 2;
+  // Two steps at a time: both of a head, or one of each of two heads.
+  static constexpr int kHeads = 2 / kSteps;
+  using Scores = float[kHeads][kQuads][4];
+  // A second step's sums have registers beside so much of the latents and of scores; beyond, the
+  // other warpgroup alone keeps the tensor cores busy.
+  static constexpr bool kOverlaps = kChunks <= 2 && kQuads == 1;
 
   const Block& block;
   const AttendArgs& args;
@@ -40,6 +43,14 @@ struct ScoreMaker {
   RingPlace k_at;
   PairPlace scores_at;
 
+  // Asked for anew where it is needed: registers are few.
+  static __device__ __forceinline__ int32_t own_thread() {
+    auto thread = static_cast<int32_t>(threadIdx.x);
+    ptx::make_opaque(thread);
+    return thread;
+  }
+  static __device__ __forceinline__ int32_t own_lane() { return own_thread() % 32; }
+
   // Known here where there is but one choice.
   __device__ __forceinline__ int32_t quads_of_head() const {
     return kQuads <= 2 ? kQuads : args.plan.quads;
@@ -47,9 +58,10 @@ struct ScoreMaker {
 
   // Latents of the warpgroup's tokens, from the ring to registers: what is missing is zero.
   __device__ __forceinline__ void take_latents(int32_t slice, Latents& latents) {
-    const int lane = threadIdx.x % 32;
+    const int thread = own_thread();
+    const int lane = thread % 32;
     // Matrix lane / 8 of an ldmatrix: rows 8 (lane / 8 % 2) .., sixteen bytes lane / 16.
-    const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const int row = thread % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
     const bool packed = args.p.k.slices[slice].packed;
     const int32_t chunks = args.k_chunks[slice];
     const uint32_t ring =
@@ -135,6 +147,38 @@ struct ScoreMaker {
     }
   }
 
+  // Step 0 or 1 of two, of the heads whose queries are given.
+  template <int kStep>
+  __device__ __forceinline__ void add_step(const Sums& sums, const Turns (&turns)[kSteps],
+                                           const uint8_t* queries, Scores& scores) const {
+    const int32_t quads = quads_of_head();
+    constexpr uint32_t kQuadBytes = kSteps * kQueryStepBytes;
+    if constexpr (kSteps == 2) {
+      add_scores(sums, turns[kStep], queries + kStep * kQueryStepBytes, kQuadBytes, quads,
+                 scores[0]);
+    } else {
+      add_scores(sums, turns[0], queries + kStep * quads * kQuadBytes, kQuadBytes, quads,
+                 scores[kStep]);
+    }
+  }
+
+  // What these are made of was read, says this to the compiler, and may be overwritten.
+  static __device__ __forceinline__ void settle(Scores& scores) {
+#pragma unroll
+    for (auto& head : scores) {
+#pragma unroll
+      for (auto& quad : head) ptx::touch(quad);
+    }
+  }
+
+  // Where this thread's fragments of a head's turned queries are.
+  __device__ __forceinline__ const uint8_t* queries_of(const PairPlace& at, int32_t head) const {
+    return block.storage + args.plan.shared.queries +
+           (static_cast<int32_t>(at.stage()) * args.plan.heads + head) * quads_of_head() *
+               (kSteps * kQueryStepBytes) +
+           own_lane() * 16;
+  }
+
   // The first token's scores of a quad are in columns 0..3, the second one's in 4..7. `out` is
   // where this thread's first two rows of the head are.
   __device__ __forceinline__ void store_scores(const float (&scores)[kQuads][4], bool add,
@@ -147,18 +191,12 @@ struct ScoreMaker {
       for (int e = 0; e < 2; ++e) {
         const float y = (second ? scores[quad][2 + e] : scores[quad][e]) * token_scale;
         float& to = out[(quad * 4 + e) * kTileTokens];
-        to = add ? to + y : y;
+        // Loaded either way: a branch would make products under way wait.
+        const float before = to;
+        to = add ? before + y : y;
       }
     }
   }
-
-  // Asked for anew where it is needed: registers are few.
-  static __device__ __forceinline__ int32_t own_thread() {
-    auto thread = static_cast<int32_t>(threadIdx.x);
-    ptx::make_opaque(thread);
-    return thread;
-  }
-  static __device__ __forceinline__ int32_t own_lane() { return own_thread() % 32; }
 
   // This thread's token of a tile that it has the scores of.
   static __device__ __forceinline__ int32_t token_in_tile() {
@@ -197,7 +235,6 @@ struct ScoreMaker {
       }
     }
     Barriers& barriers = block.barriers();
-    const uint32_t quad_bytes = kSteps * kQueryStepBytes;
     const int32_t quads = quads_of_head();
     const uint32_t a_full = ptx::shared_address(barriers.a_full);
     block.for_each_task([&](const Task& task) {
@@ -211,72 +248,87 @@ struct ScoreMaker {
           // Queries come a slice of a tile.
           const PairPlace queries_at{
               static_cast<uint32_t>(scores_at.count * args.p.k.count + slice)};
+          const float token_scale = token_scale_of(task, tile, slice);
           Latents latents;
           take_latents(slice, latents);
           const uint64_t a = ptx::wgmma_descriptor(block.at(0) + first_chunk * kBoxBytes);
           const uint32_t step_units = args.plan.chunks * (kBoxBytes >> 4);
-          // Two steps at a time: both of a head, or one of each of two.
-          constexpr int kHeads = 2 / kSteps;
-#pragma unroll 1
-          for (int32_t head = 0; head < heads; head += kHeads) {
+          const auto descriptor = [&](int32_t head, int step) {
+            return a + static_cast<uint32_t>(head * kSteps + step) * step_units;
+          };
+          const auto wait_for_a = [&](int32_t head) {
 #pragma unroll
             for (int i = 0; i < kHeads; ++i) {
-              if (head + i < heads) {
+              if (kHeads == 1 || head + i < heads) {
                 ptx::mbarrier_wait_parity(a_full + (head + i) * 8, task.lane_parity);
               }
             }
-            const uint64_t a_head = a + static_cast<uint32_t>(head * kSteps) * step_units;
-            const uint8_t* const head_queries =
-                block.storage + args.plan.shared.queries +
-                (static_cast<int32_t>(queries_at.stage()) * args.plan.heads + head) * quads *
-                    quad_bytes +
-                own_lane() * 16;
-            float acc[kHeads][kQuads][4] = {};
-            const auto wait = [&] {
-              if (head != 0) return;
-              queries.wait_full(queries_at);
-              if (slice == 0) scores.wait_empty(scores_at);
-            };
-            const auto add = [&]<int kStep>(const Sums& sums) {
-              if constexpr (kSteps == 2) {
-                add_scores(sums, turns[kStep], head_queries + kStep * kQueryStepBytes, quad_bytes,
-                           quads, acc[0]);
-              } else {
-                add_scores(sums, turns[0], head_queries + kStep * quads * quad_bytes, quad_bytes,
-                           quads, acc[kStep]);
-              }
-            };
-            if constexpr (kChunks <= kOverlappedChunks) {
-              Sums sums[2];
-              multiply(sums[0], latents, a_head);
-              multiply(sums[1], latents, a_head + step_units);
-              wait();
-              ptx::wgmma_wait_group<1>();
-              ptx::wgmma_touch(sums[0]);
-              add.template operator()<0>(sums[0]);
-              ptx::wgmma_wait_group<0>();
-              ptx::wgmma_touch(sums[1]);
-              add.template operator()<1>(sums[1]);
-            } else {
-              Sums sums;
-              multiply(sums, latents, a_head);
-              wait();
-              ptx::wgmma_wait_group<0>();
-              ptx::wgmma_touch(sums);
-              add.template operator()<0>(sums);
-              multiply(sums, latents, a_head + step_units);
-              ptx::wgmma_wait_group<0>();
-              ptx::wgmma_touch(sums);
-              add.template operator()<1>(sums);
-            }
-            // Addresses and the scale are made here, where the first step's sums leave room.
+          };
+          const auto finish = [&](int32_t head, const auto& acc) {
+            // The address is made here, where the first step's sums leave room.
             float* const out = scores_of(head);
-            const float token_scale = token_scale_of(task, tile, slice);
 #pragma unroll
             for (int i = 0; i < kHeads; ++i) {
-              if (head + i < heads) {
+              if (kHeads == 1 || head + i < heads) {
                 store_scores(acc[i], slice > 0, token_scale, out + i * quads * 4 * kTileTokens);
               }
+            }
+          };
+          wait_for_a(0);
+          if constexpr (kOverlaps) {
+            // A step's product is under way while the keys of the one before are turned. In a loop
+            // the compiler would let each wait for the other, so there is code for every count.
+            const auto all = [&]<int kCount>() {
+              Sums even;
+              Sums odd;
+              multiply(even, latents, descriptor(0, 0));
+              queries.wait_full(queries_at);
+              if (slice == 0) scores.wait_empty(scores_at);
+#pragma unroll
+              for (int i = 0; i < kCount; ++i) {
+                const int head = i * kHeads;
+                const bool more = i + 1 < kCount;
+                Scores acc = {};
+                multiply(odd, latents, descriptor(head, 1));
+                if (more) wait_for_a(head + kHeads);
+                ptx::wgmma_wait_group<1>();
+                ptx::wgmma_touch(even);
+                add_step<0>(even, turns, queries_of(queries_at, head), acc);
+                settle(acc);
+                if (more) {
+                  multiply(even, latents, descriptor(head + kHeads, 0));
+                  ptx::wgmma_wait_group<1>();
+                } else {
+                  ptx::wgmma_wait_group<0>();
+                }
+                ptx::wgmma_touch(odd);
+                add_step<1>(odd, turns, queries_of(queries_at, head), acc);
+                settle(acc);
+                finish(head, acc);
+              }
+            };
+            const int32_t count = (heads + kHeads - 1) / kHeads;
+            if (count == 1) all.template operator()<1>();
+            if (count == 2) all.template operator()<2>();
+            if (kHeads == 1 && count == 3) all.template operator()<kHeads == 1 ? 3 : 1>();
+            if (kHeads == 1 && count == 4) all.template operator()<kHeads == 1 ? 4 : 1>();
+          } else {
+            queries.wait_full(queries_at);
+            if (slice == 0) scores.wait_empty(scores_at);
+#pragma unroll 1
+            for (int32_t head = 0; head < heads; head += kHeads) {
+              if (head > 0) wait_for_a(head);
+              Scores acc = {};
+              Sums sums;
+              multiply(sums, latents, descriptor(head, 0));
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums);
+              add_step<0>(sums, turns, queries_of(queries_at, head), acc);
+              multiply(sums, latents, descriptor(head, 1));
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums);
+              add_step<1>(sums, turns, queries_of(queries_at, head), acc);
+              finish(head, acc);
             }
           }
           ptx::mbarrier_arrive(queries.empty_at(queries_at));

@@ -120,9 +120,16 @@ struct WeightMaker {
   __device__ __forceinline__ void load_queries(const Task& task) const {
     WeightScratch& scratch = block.scratch();
     uint32_t raw[kWarpQuads][4];
+    float2 first_scales[kWarpQuads][2];  // under way together with the queries
 #pragma unroll
     for (int n = 0; n < kWarpQuads; ++n) {
       const uint16_t* const from = row_queries(task, quad_of(n));
+      const float* const scales = key_scales(task, quad_of(n), args.p.k.slices[0]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        first_scales[n][i] = from != nullptr ? *reinterpret_cast<const float2*>(scales + pair_of(i))
+                                             : make_float2(0.0F, 0.0F);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto* const pair = from + pair_of(i % 2) + i / 2 * kPairs;
@@ -139,9 +146,14 @@ struct WeightMaker {
         const float2 y = floats_of(raw[n][i]);
         most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 two = first_scales[n][i];
+        most_a = fmaxf(most_a, fmaxf(fabsf(two.x), fabsf(two.y)));
+      }
       if (quad < quads_of(task)) {
 #pragma unroll 1
-        for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+        for (int32_t slice = 1; slice < args.p.k.count; ++slice) {
           const float* const scales = key_scales(task, quad, args.p.k.slices[slice]);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -215,7 +227,7 @@ struct WeightMaker {
       const int32_t origin =
           args.p.origin != nullptr ? args.p.origin[task.b] : -args.p.start[task.b];
       const int32_t position = task.first_token + tile * kTileTokens + origin;
-      turn[thread] = rotation(position + thread / kPairs * 8, args.p.inv_freq[thread % kPairs]);
+      turn[thread] = rotation(position + thread / kPairs * 8, scratch.inv_freq[thread % kPairs]);
     }
     queries.wait_empty(queries_at);
     sync();
@@ -414,6 +426,11 @@ struct WeightMaker {
   }
 
   __device__ __forceinline__ void run() {
+    if (threadIdx.x % kWarpgroup < kPairs) {
+      const int pair = threadIdx.x % kWarpgroup;
+      block.scratch().inv_freq[pair] = args.p.inv_freq[pair];
+    }
+    sync();
     const RingBarriers ring = Block::ring(block.barriers().tasks);
     const Task* const tasks = block.head().tasks;
     // Queries are turned ahead of the task that is weighed, at most to the end of the next one.

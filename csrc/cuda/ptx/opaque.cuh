@@ -9,4 +9,11 @@ namespace int8_ops::ptx {
 // registers. No instruction.
 __device__ __forceinline__ void make_opaque(int32_t& value) { asm volatile("" : "+r"(value)); }
 
+// The same of several, at this place among the other volatile statements.
+template <int kCount>
+__device__ __forceinline__ void touch(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
 }  // namespace int8_ops::ptx

@@ -36,6 +36,15 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const CUtensorMap* 
       : "memory");
 }
 
+// The same box to L2 alone.
+// PTX ISA: cp.async.bulk.prefetch.tensor.4d.
+__device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap* map, int32_t c0, int32_t c1,
+                                                int32_t c2, int32_t c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
 // The same box to the same address in every block of the cluster that `blocks` has a bit for, and
 // its bytes to each one's barrier.
 // PTX ISA: cp.async.bulk.tensor.2d with .multicast::cluster.
