@@ -13,6 +13,11 @@ import int8_ops.backends
 # Thousands of shapes would each be timed on first sight; test_triton.py tests the tuner.
 os.environ.setdefault("INT8_OPS_TRITON_TUNE", "0")
 
+# Workers of pytest-xdist share the cores: with all of them each, they mostly wait for one another.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -1,10 +1,11 @@
 // The Hopper path's plan: what it serves, shared memory, tensor maps, launch.
+#include "sm90_plan.h"
+
 #include <algorithm>
 #include <array>
 
 #include "../launch.cuh"
 #include "../sm90/tensor_map.h"
-#include "sm90_plan.h"
 
 namespace int8_ops::cuda::attention {
 
