@@ -186,8 +186,9 @@ def latent_attention_decode(
     query that sees nothing gets zeros. What the cache holds in other slots is never looked at.
 
     The numbers: each element of a key is an exact int32 sum a slice; rotation, scores and all that
-    follows are float32, the angle of a token accurate to 1e-6. In float64 the same is
-    ``reference.latent_attention_decode``, and errors against it are at most twice those of
+    follows are float32, the angle of a token accurate to 1e-6; on Hopper, for queries in 16 bits,
+    factors of scores and of sums are rounded to float16 and added up in float32. In float64 the
+    same is ``reference.latent_attention_decode``, and errors against it are at most twice those of
     ``scaled_dot_product_attention`` in q's dtype over rebuilt keys and values. A query's result
     depends on its own row alone, to the bit: not on the batch, the padding or q_len. A NaN scale of
     a token makes NaN what sees the token, and nothing else.
