@@ -81,7 +81,6 @@ Path path_for(const LatentAttentionParams& p) {
 }  // namespace
 
 int64_t latent_attention_workspace_bytes(const LatentAttentionParams& p) {
-  path_for(p);
   return plan_workspace(p).bytes;
 }
 

@@ -81,10 +81,6 @@ struct GeneralArgs {
   bool wide_v[kMaxSlices];
 };
 
-// Bytes of a token's latent.
-INT8_OPS_HOST_DEVICE int32_t width_of(const LatentSlice& s) {
-  return static_cast<int32_t>(s.packed ? s.rank / 2 : s.rank);
-}
 INT8_OPS_HOST_DEVICE int32_t steps_of(const LatentSlice& s) {
   return (width_of(s) + kStepBytes - 1) / kStepBytes * (s.packed ? 2 : 1);
 }

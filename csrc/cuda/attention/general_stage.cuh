@@ -5,6 +5,7 @@
 
 #include "../epilogue/convert.cuh"
 #include "../ptx/cp_async.cuh"
+#include "../quantize/row_math.cuh"
 #include "general_args.cuh"
 #include "latent_bytes.cuh"
 #include "rope.cuh"
@@ -119,16 +120,11 @@ __device__ __forceinline__ void find_queries(const GeneralArgs& args, char* shar
       query_head * args.p.q_head_stride + row % q_len * args.p.q_token_stride;
 }
 
-__device__ __forceinline__ float as_float(float x) { return x; }
-__device__ __forceinline__ float as_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 // A panel's pairs of the queries, scaled: [rows][2][pairs], zeros past the head's last pair.
 template <int kRows, typename T>
 __device__ __forceinline__ void copy_queries(const GeneralArgs& args, char* shared,
                                              const HeadPlace& head, const T* q,
                                              int32_t first_pair) {
-  constexpr float kLog2E = 1.44269504F;
   const int32_t pairs = args.panel_tiles * kTilePairs;
   const auto half_dim = static_cast<int32_t>(args.p.head_dim / 2);
   const float scaling = __fmul_rn(args.p.scaling, kLog2E);

@@ -22,6 +22,12 @@
 namespace int8_ops::cuda::attention {
 
 inline constexpr int32_t kSplitTokens = 256;
+inline constexpr float kLog2E = 1.4426950408889634F;  // scores are in units of log 2
+
+// Bytes of a token's latent.
+INT8_OPS_HOST_DEVICE constexpr int32_t width_of(const LatentSlice& s) {
+  return static_cast<int32_t>(s.packed ? s.rank / 2 : s.rank);
+}
 
 // A query's number within its group: its KV head, then the head's queries, then the new tokens.
 struct Partials {

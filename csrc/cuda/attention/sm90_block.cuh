@@ -113,12 +113,10 @@ struct Block {
   __device__ __forceinline__ uint32_t at(uint32_t offset) const {
     return ptx::shared_address(storage) + offset;
   }
-  __device__ __forceinline__ Barriers& barriers() const {
-    return reinterpret_cast<BlockHead*>(storage + args.plan.shared.head)->barriers;
-  }
   __device__ __forceinline__ BlockHead& head() const {
     return *reinterpret_cast<BlockHead*>(storage + args.plan.shared.head);
   }
+  __device__ __forceinline__ Barriers& barriers() const { return head().barriers; }
   __device__ __forceinline__ WeightScratch& scratch() const { return head().scratch; }
   template <int kCount>
   static __device__ __forceinline__ RingBarriers ring(sm90::StageBarriers<kCount>& b) {

@@ -13,10 +13,6 @@ struct Feed {
 
   __device__ __forceinline__ bool elected() const { return threadIdx.x % 32 == 0; }
 
-  static __device__ __forceinline__ int32_t width_of(const LatentSlice& s) {
-    return static_cast<int32_t>(s.packed ? s.rank / 2 : s.rank);
-  }
-
   __device__ __forceinline__ void load_box(const RingBarriers& ring, RingPlace& at, uint32_t slots,
                                            uint32_t boxes, const CUtensorMap* map, int32_t column,
                                            int32_t token, const Task& task) const {

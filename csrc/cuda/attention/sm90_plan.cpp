@@ -16,10 +16,6 @@ namespace {
 
 constexpr int32_t kWantedValueSlots = 8;
 
-constexpr int32_t width_of(const LatentSlice& s) {
-  return static_cast<int32_t>(s.packed ? s.rank / 2 : s.rank);
-}
-
 constexpr int32_t ceil_div(int64_t x, int64_t y) { return static_cast<int32_t>((x + y - 1) / y); }
 
 // The shared memory of a block that holds `heads` heads of A.

@@ -33,12 +33,12 @@ inline constexpr int32_t kQueryBuffers = 2;
 inline constexpr int32_t kTasks = 6;         // on their way through the block
 inline constexpr int32_t kMaxPairs = 64;     // of a head
 inline constexpr int32_t kHeadBytes = 5120;  // of shared memory: barriers, and scratch
-// Of a quad's query fragments: sixteen bytes a lane for a step's 16 RoPE pairs, and two of those.
 // Sums of up to 512 products of int8 and the turn of a pair stay below float16's 65504.
 inline constexpr int32_t kKeyExponent = 8;
 inline constexpr float kKeyFactor = 1.0F / (1 << kKeyExponent);
 // int4 values are used in the upper half of a byte.
 inline constexpr float kPackedFactor = 1.0F / 16;
+// Of a quad's query fragments: sixteen bytes a lane for 16 RoPE pairs, and a step's two of those.
 inline constexpr int32_t kQueryPairBytes = 512;
 inline constexpr int32_t kQueryStepBytes = 2 * kQueryPairBytes;
 inline constexpr int32_t kMaxRingSlots = 16;
@@ -94,8 +94,7 @@ struct AttendArgs {
 
 // Chunks of 128 values of a slice; of a packed one the low halves' and the high ones' apart.
 constexpr int32_t chunks_of(const LatentSlice& s) {
-  const int64_t width = s.packed ? s.rank / 2 : s.rank;
-  return static_cast<int32_t>((width + kBoxWidth - 1) / kBoxWidth) * (s.packed ? 2 : 1);
+  return (width_of(s) + kBoxWidth - 1) / kBoxWidth * (s.packed ? 2 : 1);
 }
 
 // Empty where the path serves the problem, else why not. Asks for nothing that differs between

@@ -84,7 +84,7 @@ struct SumMaker {
   template <bool kPacked>
   __device__ __forceinline__ void sum_slice(const Task& task, int32_t slice) {
     const LatentSlice& s = args.p.v.slices[slice];
-    const auto width = static_cast<int32_t>(kPacked ? s.rank / 2 : s.rank);
+    const int32_t width = width_of(s);
     const int32_t boxes = (task.tokens + kBoxTokens - 1) / kBoxTokens;
     const int matrix_row = lane % 16;
     const uint32_t weights_row =

@@ -44,7 +44,6 @@ struct WeightMaker {
   static constexpr int kItems = kSteps * 2;  // of sixteen RoPE pairs: a warp turns one of a quad
   static constexpr int kWarpQuads = kItems;  // and so many quads of query rows
   static constexpr uint32_t kBarrier = 1;    // named
-  static constexpr float kLog2E = 1.4426950408889634F;
   // A weight is an exponential times a token's scale over the largest one's power of two, times
   // this power: what float16 then loses of small ones is below 2^-36 of the largest.
   static constexpr int kWeightExponent = 12;
@@ -87,9 +86,7 @@ struct WeightMaker {
   __device__ __forceinline__ int32_t row_in_quad() const { return lane / 4 % 4; }
 
   __device__ __forceinline__ float2 floats_of(uint32_t pair) const {
-    if (args.p.q_dtype == DType::kFloat16) {
-      return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-    }
+    if (args.p.q_dtype == DType::kFloat16) return half2_floats(pair);
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
   }
 
