@@ -516,9 +516,9 @@ def decode(run: Run, original: Any) -> None:
                 )
     if run.args.no_compile:
         return
-    wanted = ["original", *run.args.compiled_specs]
-    for rows, tokens in run.args.points:
-        for name in wanted:
+    # Ours at every point first: what a short run is for.
+    for name in (*run.args.compiled_specs, "original"):
+        for rows, tokens in run.args.points:
             what = f"{name}, compiled, {rows} x {tokens}"
             if run.begins("decode", what):
                 guarded(run, "decode", what, compiled_row)(run, models[name], name, rows, tokens)
@@ -620,7 +620,7 @@ def compiled_time(
     """Compile the first ``layers`` layers, compare a step with an eager one, and time it."""
     args, ours = run.args, name != "original"
     # Room for the steps, and a size that attention with a mask has kernels for.
-    spare = -(-(8 + args.steps * args.rounds) // 64) * 64
+    spare = -(-(10 + args.steps * args.rounds) // 64) * 64
     part = shortened(model, layers)
     eager = Decoder(part, part, filled(part, ours, False, rows, tokens, 0), rows, tokens)
     eager.step()
@@ -645,6 +645,8 @@ def compiled_time(
         seconds = time.perf_counter() - started
     with torch._dynamo.config.patch(error_on_recompile=True):
         ms = decoder.milliseconds(args.steps, args.rounds)
+        if args.profile and layers == max(args.compiled_layers):
+            profile(run, f"decode {name} compiled {rows} x {tokens}, {layers} layers", decoder.step)
     return {
         "layers": layers,
         "ms": ms,
@@ -658,17 +660,17 @@ def compiled_time(
 
 
 def static(run: Run, original: Any) -> None:
-    """Compiled steps over a ``StaticLatentCache``: the dynamic cache's tokens, one graph."""
+    """Greedy steps over a static cache, compiled and not: the growing cache's tokens, one graph."""
     args = run.args
     sixteen = [torch.bfloat16, torch.float16] if args.device.type == "cuda" else [torch.bfloat16]
     for dtype in (*sixteen, torch.float32):  # the last as a control, for ties are rare in it
         what = f"random, {dtype}"
-        if run.begins("static", what):
+        if "random" in args.static_models and run.begins("static", what):
             guarded(run, "static", what, static_random)(run, what, dtype)
     what = hf.SMOLLM2
-    if run.begins("static", what):
+    if "smollm2" in args.static_models and run.begins("static", what):
         try:
-            loaded = hf.load_causal_lm(hf.SMOLLM2, device=args.device, dtype=args.dtype)
+            loaded = hf.load_causal_lm(args.smollm2, device=args.device, dtype=args.dtype)
         except hf.MissingExtra as error:
             run.skip("static", what, str(error).splitlines()[0])
             return
@@ -690,49 +692,104 @@ def static_random(run: Run, what: str, dtype: torch.dtype) -> None:
             torch.randint(3, 512, (1, n), generator=torch.Generator().manual_seed(n))
             for n in (20, 33)
         ]
-        static_rows(run, f"{what}, {name}", made, prompts)
+        static_rows(run, f"{what}, {name}", made, prompts, ours=True, compiled=True)
 
 
 def static_smollm2(run: Run, what: str, loaded: hf.LoadedModel) -> None:
-    """On a real model, its cache at nearly full rank."""
-    config = LatentConfig(kv_ratio=0.55, bits=8, objective="weight")
-    convert(loaded.model, config=config, progress=False)
+    """On a real model, its cache at nearly full rank; first unconverted, with transformers' caches.
+
+    That control tells what a static cache costs without us.
+    """
+    what = f"{what}, {run.args.dtype}"
     prompts = [
         loaded.encode(text)[None]
         for text in ("The capital of France is", "Once upon a time, in a small village by the sea,")
     ]
-    static_rows(run, what, loaded.model, prompts)
+    model, compiled = loaded.model, run.args.compiled_control
+    static_rows(run, f"{what}, original", model, prompts, ours=False, compiled=compiled)
+    convert(model, config=LatentConfig(kv_ratio=0.55, bits=8, objective="weight"), progress=False)
+    static_rows(run, f"{what}, int8", model, prompts, ours=True, compiled=not run.args.no_compile)
+
+
+class Agreement:
+    """How often one way to decode chooses what the growing cache chose."""
+
+    def __init__(self) -> None:
+        """No step yet."""
+        self.steps = self.same = self.bits = 0
+        self.margins: list[float] = []
+
+    def add(self, expected: Tensor, got: Tensor) -> None:
+        """A step's logits ``[1, vocabulary]``: of the growing cache, and of this way."""
+        chosen, other = int(expected.argmax(-1)), int(got.argmax(-1))
+        self.steps += 1
+        self.bits += int(torch.equal(expected, got))
+        self.same += int(chosen == other)
+        if chosen != other:
+            top, rival = float(expected[0, chosen]), float(expected[0, other])
+            self.margins.append((top - rival) / (abs(top) * torch.finfo(expected.dtype).eps))
+
+    @property
+    def ties(self) -> int:
+        """Other tokens that the growing cache all but chose."""
+        return sum(margin <= TIE_ULPS for margin in self.margins)
+
+    def told(self) -> str:
+        """As a line has it."""
+        off = f", others off by {', '.join(f'{m:.1f}' for m in self.margins)} ulp"
+        return f"{self.same} of {self.steps} tokens ({self.bits} with equal logits" + (
+            f"{off})" if self.margins else ")"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As the JSON has it."""
+        return {
+            "same": self.same,
+            "equal_logits": self.bits,
+            "ties": self.ties,
+            "margins_ulp": self.margins,
+        }
 
 
 @torch.no_grad()
-def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> None:
+def static_rows(
+    run: Run, what: str, model: Any, prompts: Sequence[Tensor], ours: bool, compiled: bool
+) -> None:
     """Greedy tokens of each prompt by both caches; the compiler may work at the first alone.
 
-    The static cache is fed the dynamic cache's tokens: if each step chooses the same token, the two
+    The static cache is fed the growing cache's tokens: if each step chooses the same token, the two
     generate the same text. A compiler rounds elsewhere than eager operators do, so logits differ in
     their last bits: a step that chooses another token of the same logit, within ``TIE_ULPS``, is a
     tie, and is told. A static cache that nothing compiles is fed the same: what differs there is
-    the cache's doing, not the compiler's.
+    the cache's doing, not the compiler's. Of ours it has to have the growing cache's bits.
     """
     args = run.args
-    cache = StaticLatentCache(model, 128 if args.quick else 256)
-    count = 24 if args.quick else 64
+    room, count = (128, 24) if args.quick else (256, 64)
+
+    def growing() -> Any:
+        return LatentCache(model) if ours else transformers.DynamicCache(config=model.config)
+
+    def fixed() -> Any:
+        if ours:
+            return StaticLatentCache(model, room)
+        return transformers.StaticCache(config=model.config, max_cache_len=room)
+
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     call = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    cache = fixed()
     for number, prompt in enumerate(prompts):
         ids = prompt.to(args.device)
-        cache.reset()
+        if number:
+            cache.reset()
         with contextlib.ExitStack() as stack:
             if number:
                 stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
             stack.enter_context(limit(min(args.compile_limit, run.left())))
-            same, same_eager = 0, 0
-            margins: list[float] = []
+            by_graph, plainly = Agreement(), Agreement()
             graphs: list[int] = []
-            dynamic = LatentCache(model)
-            plain = StaticLatentCache(model, cache.layers[0].max_cache_len)
+            dynamic, plain = growing(), fixed()
             left = model(input_ids=ids, use_cache=True, **passed(model, dynamic)).logits[:, -1]
             for one in (cache, plain):
                 model(input_ids=ids, use_cache=True, **passed(model, one))
@@ -741,45 +798,38 @@ def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> N
                 position = torch.tensor([[ids.shape[1] + i]], device=args.device)
                 options = {"input_ids": token, "position_ids": position, "use_cache": True}
                 left = model(**options, **passed(model, dynamic)).logits[:, -1]
-                eager = model(**options, **passed(model, plain)).logits[:, -1]
-                same_eager += int(bool((left.argmax(-1) == eager.argmax(-1)).all()))
-                torch.compiler.cudagraph_mark_step_begin()
-                right = call(**options, **passed(model, cache)).logits[:, -1]
-                chosen, other = left.argmax(-1), right.argmax(-1)
-                if bool((chosen == other).all()):
-                    same += 1
-                else:
-                    top, rival = (float(left[0, int(t)]) for t in (chosen, other))
-                    margins.append((top - rival) / (abs(top) * torch.finfo(left.dtype).eps))
-                graphs.append(counters["stats"]["unique_graphs"])
-        breaks = sum(counters["graph_break"].values())
-        recompiled = number > 0 and graphs[-1] != graphs[0]
-        recompiled = recompiled or graphs[-1] != graphs[2]
-        skips = counters["inductor"]["cudagraph_skips"]
-        if args.device.type != "cuda":
-            skips = 0  # there are none to be had
-        ties = sum(margin <= TIE_ULPS for margin in margins)
-        good = same + ties == count and same_eager == count and not (recompiled or breaks or skips)
-        tied = f" (others off by {', '.join(f'{m:.1f}' for m in margins)} ulp)" if margins else ""
-        run.row(
-            "static",
-            f"{what}, prompt of {ids.shape[1]}: {same} of {count} tokens the same{tied}, "
-            f"{same_eager} uncompiled; "
-            f"{graphs[-1]} graphs, breaks {breaks}, recompiled {recompiled}, CUDA graphs skipped "
-            f"{skips}{met(good)}",
-            model=what,
-            prompt=ids.shape[1],
-            tokens=count,
-            same=same,
-            same_uncompiled=same_eager,
-            ties=ties,
-            margins_ulp=margins,
-            graphs=graphs[-1],
-            graph_breaks=breaks,
-            recompiled=recompiled,
-            cudagraph_skips=skips,
-            met=good,
-        )
+                plainly.add(left, model(**options, **passed(model, plain)).logits[:, -1])
+                if compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
+                    by_graph.add(left, call(**options, **passed(model, cache)).logits[:, -1])
+                    graphs.append(counters["stats"]["unique_graphs"])
+        row: dict[str, Any] = {"model": what, "prompt": ids.shape[1], "tokens": count}
+        row["uncompiled"] = plainly.record()
+        told = f"uncompiled {plainly.told()}"
+        good = plainly.bits == count
+        if compiled:
+            breaks = sum(counters["graph_break"].values())
+            recompiled = graphs[-1] != graphs[2] or (number > 0 and graphs[-1] != graphs[0])
+            skips = counters["inductor"]["cudagraph_skips"]
+            if args.device.type != "cuda":
+                skips = 0  # there are none to be had
+            good = good and by_graph.same + by_graph.ties == count
+            good = good and not (recompiled or breaks or skips)
+            row.update(
+                compiled=by_graph.record(),
+                graphs=graphs[-1],
+                graph_breaks=breaks,
+                recompiled=recompiled,
+                cudagraph_skips=skips,
+            )
+            told += (
+                f"; compiled {by_graph.told()}, {graphs[-1]} graphs, breaks {breaks}, recompiled "
+                f"{recompiled}, CUDA graphs skipped {skips}"
+            )
+        if ours:
+            row["met"] = good
+            told += met(good)
+        run.row("static", f"{what}, prompt of {ids.shape[1]}: {told}", **row)
 
 
 # -- converting -----------------------------------------------------------------------------------
@@ -880,12 +930,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=point, metavar="WINDOWSxTOKENS")
     add("--compiled-layers", nargs="+", type=int, help="models that are compiled, by their layers")
     add("--compile-limit", type=float, default=120, help="seconds for one compilation")
-    add("--no-compile", action="store_true", help="nothing compiled in decode")
+    add("--no-compile", action="store_true", help="nothing compiled in decode, nor SmolLM2")
     add("--no-eager", action="store_true", help="nothing but compiled in decode")
+    kinds = ("random", "smollm2")
+    add("--static-models", nargs="+", choices=kinds, default=list(kinds), help="(default: both)")
+    add("--smollm2", default=hf.SMOLLM2, metavar="MODEL", help="where it is, if not installed")
+    add(
+        "--compiled-control",
+        action="store_true",
+        help="in static, compile the unconverted model as well",
+    )
     add("--rounds", type=int, help="of which the median is taken (default: 5, quick: 3)")
     add("--steps", type=int, help="decode steps a round (default: 8, quick: 4)")
     add("--quick", action="store_true", help="fewer rounds and steps")
-    add("--profile", action="store_true", help="the kernels that take longest, eager")
+    add("--profile", action="store_true", help="the kernels that take longest in a step")
     add("--time-budget", type=float, default=math.inf, metavar="SECONDS")
     add("--json", type=Path, metavar="FILE", help="written after every row")
     add("--device", help="(default: cuda where there is one)")
