@@ -192,7 +192,9 @@ def read_rows(
         given = mask[:, 0, -checked:, :size].to(device).expand(batch, -1, -1)
         own = length - checked + torch.arange(checked, device=device)[:, None]
         # What hides the first slots may be the window; padding shows in the positions as well.
-        first = given[:, 0].to(torch.uint8).argmax(-1)
+        # No argmax: beside the reductions below Inductor fails on it (torch 2.11 to 2.14, one row
+        # of more than 8192 slots). A query that sees nothing counts from slot 0.
+        first = torch.where(given[:, 0], slots, size).amin(-1) % size
         start = first if window is None else (-origin).clamp(min=0)
         seen = (slots >= start[:, None, None]) & (slots <= own)
         if window is not None:
