@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -218,23 +219,30 @@ def make_original(run: Run) -> Any:
 
 
 def layer_spec(name: str, config: Any, ratio: float) -> LayerSpec:
-    """Equal ranks for keys and values, multiples of 16, within ``ratio`` of 16-bit bytes.
+    """Equal ranks for keys and values, within ``ratio`` of 16-bit bytes.
 
-    ``int8`` and ``int4`` have one slice, ``mixed`` has both: a quarter of the bytes in 8 bits.
+    Multiples of 32, which the kernels for Hopper take, or of 16 in small models. ``int8`` and
+    ``int4`` have one slice, ``mixed`` has both: a quarter of the bytes in 8 bits. ``int8:256`` has
+    that rank, whatever the ratio.
     """
+    if ":" in name:
+        bits, _, wanted = name.removeprefix("int").partition(":")
+        stream: StreamSpec = (Slice(int(bits), int(wanted)),)
+        return LayerSpec(stream, stream)
     full = config.num_key_value_heads * config.head_dim
     room = int(ratio * 2 * full)
+    multiple = 32 if room >= 128 else 16
 
     def rank(bits: int, room: int, most: int) -> int:
-        return max(16, min(most, (room - 4) * 8 // bits // 16 * 16))
+        return max(multiple, min(most, (room - 4) * 8 // bits // multiple * multiple))
 
     if name == "mixed":
         eight = rank(8, room // 4, full)
         four = rank(4, room - eight - 4, full - eight)
-        stream: StreamSpec = (Slice(8, eight), Slice(4, four))
-    else:
-        bits = int(name.removeprefix("int"))
-        stream = (Slice(bits, rank(bits, room, full)),)
+        both: StreamSpec = (Slice(8, eight), Slice(4, four))
+        return LayerSpec(both, both)
+    width = int(name.removeprefix("int"))
+    stream = (Slice(width, rank(width, room, full)),)
     return LayerSpec(stream, stream)
 
 
@@ -517,7 +525,7 @@ def decode(run: Run, original: Any) -> None:
     if run.args.no_compile:
         return
     # Ours at every point first: what a short run is for.
-    for name in (*run.args.compiled_specs, "original"):
+    for name in run.args.compiled_specs + ([] if run.args.no_original else ["original"]):
         for rows, tokens in run.args.points:
             what = f"{name}, compiled, {rows} x {tokens}"
             if run.begins("decode", what):
@@ -679,20 +687,22 @@ def static(run: Run, original: Any) -> None:
 
 def static_random(run: Run, what: str, dtype: torch.dtype) -> None:
     """On a small random model whose attention depends on its input."""
-    values = {**COMMON, **CONFIGS["tiny"], "initializer_range": 0.1}
+    values = {**COMMON, **CONFIGS["tiny"], "head_dim": 64, "initializer_range": 0.1}
     torch.manual_seed(0)
     with torch.device(run.args.device):
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.LlamaConfig(**values), dtype=dtype
         ).eval()
+    prompts = [
+        torch.randint(3, 512, (1, n), generator=torch.Generator().manual_seed(n)) for n in (20, 33)
+    ]
+    compiled = run.args.compiled_control
+    static_rows(run, f"{what}, original", model, prompts, ours=False, compiled=compiled)
+    compiled = not run.args.no_compile
     for name in ("int8", "mixed") if dtype == torch.bfloat16 else ("int8",):
         spec = layer_spec(name, model.config, 0.5)
         made = with_random_factors(model, [spec] * model.config.num_hidden_layers)
-        prompts = [
-            torch.randint(3, 512, (1, n), generator=torch.Generator().manual_seed(n))
-            for n in (20, 33)
-        ]
-        static_rows(run, f"{what}, {name}", made, prompts, ours=True, compiled=True)
+        static_rows(run, f"{what}, {name}", made, prompts, ours=True, compiled=compiled)
 
 
 def static_smollm2(run: Run, what: str, loaded: hf.LoadedModel) -> None:
@@ -907,6 +917,13 @@ def point(text: str) -> tuple[int, int]:
     return found
 
 
+def latents(text: str) -> str:
+    """``int8``, ``int4``, ``mixed``, or bits and a rank: ``int8:256``."""
+    if re.fullmatch(r"mixed|int[48](:[1-9]\d*)?", text) is None:
+        raise argparse.ArgumentTypeError(f"expected int8, int4, mixed or int8:RANK, got {text!r}")
+    return text
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the configuration's sizes where none are given."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -914,12 +931,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", choices=CONFIGS, default="8b", help="(default: %(default)s)")
     add("--layers", type=int, help="of the model (default: the configuration's)")
     add("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
-    specs = ("int8", "int4", "mixed")
-    add("--specs", nargs="+", choices=specs, default=["int8", "int4"], help="latents to measure")
+    add(
+        "--specs",
+        nargs="+",
+        type=latents,
+        default=["int8", "int4"],
+        help="latents to measure: int8, int4, mixed, or with a rank, as int8:256",
+    )
     add(
         "--compiled-specs",
         nargs="*",
-        choices=specs,
+        type=latents,
         help="of those, to measure compiled (default: the first)",
     )
     add("--kv-ratio", type=float, default=0.25, help="bytes relative to 16 bits")
@@ -930,7 +952,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=point, metavar="WINDOWSxTOKENS")
     add("--compiled-layers", nargs="+", type=int, help="models that are compiled, by their layers")
     add("--compile-limit", type=float, default=120, help="seconds for one compilation")
-    add("--no-compile", action="store_true", help="nothing compiled in decode, nor SmolLM2")
+    add("--no-compile", action="store_true", help="nothing compiled in decode and static")
+    add("--no-original", action="store_true", help="nothing unconverted compiled in decode")
     add("--no-eager", action="store_true", help="nothing but compiled in decode")
     kinds = ("random", "smollm2")
     add("--static-models", nargs="+", choices=kinds, default=list(kinds), help="(default: both)")
