@@ -174,14 +174,28 @@ def test_chunked_prefill_after_a_first_turn(model):
 @pytest.mark.parametrize("flow", ["integer", "seed", "eager"])
 def test_a_static_cache_gives_the_bits_of_a_growing_one(family, flow):
     """In bfloat16, where sums in another order show: prompt, chunks, and steps one by one."""
-    config = LatentConfig(kv_ratio=0.6, rank_multiple=8)
+    assert_same_bits(family, flow, 16, "cpu")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2"])
+@pytest.mark.parametrize("flow", ["integer", "seed", "eager"])
+def test_a_static_cache_gives_the_bits_of_a_growing_one_on_a_gpu(family, flow):
+    """The same on CUDA, with heads and ranks that the Hopper kernel takes."""
+    assert_same_bits(family, flow, 64, "cuda")
+
+
+def assert_same_bits(family, flow, head_dim, device):
+    multiple = head_dim // 2
+    config = LatentConfig(kv_ratio=0.6, rank_multiple=multiple)
     if flow == "seed":
-        config = LatentConfig(kv_ratio=0.9, bits=16, rank_multiple=8, flow="seed")
-    model = make_converted(family, config, head_dim=16).to(torch.bfloat16)
+        config = LatentConfig(kv_ratio=0.9, bits=16, rank_multiple=multiple, flow="seed")
+    model = make_converted(family, config, head_dim=head_dim).to(device, torch.bfloat16)
     if flow == "eager":
         model.set_attn_implementation("eager")
     parts = ((0, 13), (13, 14), (14, 33), (33, 37), *((n, n + 1) for n in range(37, 41)))
-    ids = ids_of(2, 41)
+    ids = ids_of(2, 41).to(device)
     for decode, padding in itertools.product(("kernel", "general"), (0, 3)):
         for module in model.modules():
             if isinstance(module, LatentAttention):
