@@ -360,7 +360,7 @@ def attend(
         ``[B, q, H, d]``, and the weights ``[B, H, q, S]`` where the implementation has them.
     """
     key = rotate(a_k.rebuild(stored[0], query.dtype), *rotary)
-    if mask is not None:
+    if isinstance(mask, Tensor):
         mask = mask[..., : key.shape[2]]
     if query.shape[2] == 1 and module.absorbs(kwargs):
         output, weights = attend_one(query, key, stored[1], a_v, mask, kwargs["scaling"])
