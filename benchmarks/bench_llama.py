@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -218,23 +219,30 @@ def make_original(run: Run) -> Any:
 
 
 def layer_spec(name: str, config: Any, ratio: float) -> LayerSpec:
-    """Equal ranks for keys and values, multiples of 16, within ``ratio`` of 16-bit bytes.
+    """Equal ranks for keys and values, within ``ratio`` of 16-bit bytes.
 
-    ``int8`` and ``int4`` have one slice, ``mixed`` has both: a quarter of the bytes in 8 bits.
+    Multiples of 32, which the kernels for Hopper take, or of 16 in small models. ``int8`` and
+    ``int4`` have one slice, ``mixed`` has both: a quarter of the bytes in 8 bits. ``int8:256`` has
+    that rank, whatever the ratio.
     """
+    if ":" in name:
+        bits, _, wanted = name.removeprefix("int").partition(":")
+        stream: StreamSpec = (Slice(int(bits), int(wanted)),)
+        return LayerSpec(stream, stream)
     full = config.num_key_value_heads * config.head_dim
     room = int(ratio * 2 * full)
+    multiple = 32 if room >= 128 else 16
 
     def rank(bits: int, room: int, most: int) -> int:
-        return max(16, min(most, (room - 4) * 8 // bits // 16 * 16))
+        return max(multiple, min(most, (room - 4) * 8 // bits // multiple * multiple))
 
     if name == "mixed":
         eight = rank(8, room // 4, full)
         four = rank(4, room - eight - 4, full - eight)
-        stream: StreamSpec = (Slice(8, eight), Slice(4, four))
-    else:
-        bits = int(name.removeprefix("int"))
-        stream = (Slice(bits, rank(bits, room, full)),)
+        both: StreamSpec = (Slice(8, eight), Slice(4, four))
+        return LayerSpec(both, both)
+    width = int(name.removeprefix("int"))
+    stream = (Slice(width, rank(width, room, full)),)
     return LayerSpec(stream, stream)
 
 
@@ -516,9 +524,9 @@ def decode(run: Run, original: Any) -> None:
                 )
     if run.args.no_compile:
         return
-    wanted = ["original", *run.args.compiled_specs]
-    for rows, tokens in run.args.points:
-        for name in wanted:
+    # Ours at every point first: what a short run is for.
+    for name in run.args.compiled_specs + ([] if run.args.no_original else ["original"]):
+        for rows, tokens in run.args.points:
             what = f"{name}, compiled, {rows} x {tokens}"
             if run.begins("decode", what):
                 guarded(run, "decode", what, compiled_row)(run, models[name], name, rows, tokens)
@@ -620,7 +628,7 @@ def compiled_time(
     """Compile the first ``layers`` layers, compare a step with an eager one, and time it."""
     args, ours = run.args, name != "original"
     # Room for the steps, and a size that attention with a mask has kernels for.
-    spare = -(-(8 + args.steps * args.rounds) // 64) * 64
+    spare = -(-(10 + args.steps * args.rounds) // 64) * 64
     part = shortened(model, layers)
     eager = Decoder(part, part, filled(part, ours, False, rows, tokens, 0), rows, tokens)
     eager.step()
@@ -645,6 +653,8 @@ def compiled_time(
         seconds = time.perf_counter() - started
     with torch._dynamo.config.patch(error_on_recompile=True):
         ms = decoder.milliseconds(args.steps, args.rounds)
+        if args.profile and layers == max(args.compiled_layers):
+            profile(run, f"decode {name} compiled {rows} x {tokens}, {layers} layers", decoder.step)
     return {
         "layers": layers,
         "ms": ms,
@@ -658,17 +668,17 @@ def compiled_time(
 
 
 def static(run: Run, original: Any) -> None:
-    """Compiled steps over a ``StaticLatentCache``: the dynamic cache's tokens, one graph."""
+    """Greedy steps over a static cache, compiled and not: the growing cache's tokens, one graph."""
     args = run.args
     sixteen = [torch.bfloat16, torch.float16] if args.device.type == "cuda" else [torch.bfloat16]
     for dtype in (*sixteen, torch.float32):  # the last as a control, for ties are rare in it
         what = f"random, {dtype}"
-        if run.begins("static", what):
+        if "random" in args.static_models and run.begins("static", what):
             guarded(run, "static", what, static_random)(run, what, dtype)
     what = hf.SMOLLM2
-    if run.begins("static", what):
+    if "smollm2" in args.static_models and run.begins("static", what):
         try:
-            loaded = hf.load_causal_lm(hf.SMOLLM2, device=args.device, dtype=args.dtype)
+            loaded = hf.load_causal_lm(args.smollm2, device=args.device, dtype=args.dtype)
         except hf.MissingExtra as error:
             run.skip("static", what, str(error).splitlines()[0])
             return
@@ -677,62 +687,119 @@ def static(run: Run, original: Any) -> None:
 
 def static_random(run: Run, what: str, dtype: torch.dtype) -> None:
     """On a small random model whose attention depends on its input."""
-    values = {**COMMON, **CONFIGS["tiny"], "initializer_range": 0.1}
+    values = {**COMMON, **CONFIGS["tiny"], "head_dim": 64, "initializer_range": 0.1}
     torch.manual_seed(0)
     with torch.device(run.args.device):
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.LlamaConfig(**values), dtype=dtype
         ).eval()
+    prompts = [
+        torch.randint(3, 512, (1, n), generator=torch.Generator().manual_seed(n)) for n in (20, 33)
+    ]
+    compiled = run.args.compiled_control
+    static_rows(run, f"{what}, original", model, prompts, ours=False, compiled=compiled)
+    compiled = not run.args.no_compile
     for name in ("int8", "mixed") if dtype == torch.bfloat16 else ("int8",):
         spec = layer_spec(name, model.config, 0.5)
         made = with_random_factors(model, [spec] * model.config.num_hidden_layers)
-        prompts = [
-            torch.randint(3, 512, (1, n), generator=torch.Generator().manual_seed(n))
-            for n in (20, 33)
-        ]
-        static_rows(run, f"{what}, {name}", made, prompts)
+        static_rows(run, f"{what}, {name}", made, prompts, ours=True, compiled=compiled)
 
 
 def static_smollm2(run: Run, what: str, loaded: hf.LoadedModel) -> None:
-    """On a real model, its cache at nearly full rank."""
-    config = LatentConfig(kv_ratio=0.55, bits=8, objective="weight")
-    convert(loaded.model, config=config, progress=False)
+    """On a real model, its cache at nearly full rank; first unconverted, with transformers' caches.
+
+    That control tells what a static cache costs without us.
+    """
+    what = f"{what}, {run.args.dtype}"
     prompts = [
         loaded.encode(text)[None]
         for text in ("The capital of France is", "Once upon a time, in a small village by the sea,")
     ]
-    static_rows(run, what, loaded.model, prompts)
+    model, compiled = loaded.model, run.args.compiled_control
+    static_rows(run, f"{what}, original", model, prompts, ours=False, compiled=compiled)
+    convert(model, config=LatentConfig(kv_ratio=0.55, bits=8, objective="weight"), progress=False)
+    static_rows(run, f"{what}, int8", model, prompts, ours=True, compiled=not run.args.no_compile)
+
+
+class Agreement:
+    """How often one way to decode chooses what the growing cache chose."""
+
+    def __init__(self) -> None:
+        """No step yet."""
+        self.steps = self.same = self.bits = 0
+        self.margins: list[float] = []
+
+    def add(self, expected: Tensor, got: Tensor) -> None:
+        """A step's logits ``[1, vocabulary]``: of the growing cache, and of this way."""
+        chosen, other = int(expected.argmax(-1)), int(got.argmax(-1))
+        self.steps += 1
+        self.bits += int(torch.equal(expected, got))
+        self.same += int(chosen == other)
+        if chosen != other:
+            top, rival = float(expected[0, chosen]), float(expected[0, other])
+            self.margins.append((top - rival) / (abs(top) * torch.finfo(expected.dtype).eps))
+
+    @property
+    def ties(self) -> int:
+        """Other tokens that the growing cache all but chose."""
+        return sum(margin <= TIE_ULPS for margin in self.margins)
+
+    def told(self) -> str:
+        """As a line has it."""
+        off = f", others off by {', '.join(f'{m:.1f}' for m in self.margins)} ulp"
+        return f"{self.same} of {self.steps} tokens ({self.bits} with equal logits" + (
+            f"{off})" if self.margins else ")"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As the JSON has it."""
+        return {
+            "same": self.same,
+            "equal_logits": self.bits,
+            "ties": self.ties,
+            "margins_ulp": self.margins,
+        }
 
 
 @torch.no_grad()
-def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> None:
+def static_rows(
+    run: Run, what: str, model: Any, prompts: Sequence[Tensor], ours: bool, compiled: bool
+) -> None:
     """Greedy tokens of each prompt by both caches; the compiler may work at the first alone.
 
-    The static cache is fed the dynamic cache's tokens: if each step chooses the same token, the two
+    The static cache is fed the growing cache's tokens: if each step chooses the same token, the two
     generate the same text. A compiler rounds elsewhere than eager operators do, so logits differ in
     their last bits: a step that chooses another token of the same logit, within ``TIE_ULPS``, is a
     tie, and is told. A static cache that nothing compiles is fed the same: what differs there is
-    the cache's doing, not the compiler's.
+    the cache's doing, not the compiler's. Of ours it has to have the growing cache's bits.
     """
     args = run.args
-    cache = StaticLatentCache(model, 128 if args.quick else 256)
-    count = 24 if args.quick else 64
+    room, count = (128, 24) if args.quick else (256, 64)
+
+    def growing() -> Any:
+        return LatentCache(model) if ours else transformers.DynamicCache(config=model.config)
+
+    def fixed() -> Any:
+        if ours:
+            return StaticLatentCache(model, room)
+        return transformers.StaticCache(config=model.config, max_cache_len=room)
+
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     call = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    cache = fixed()
     for number, prompt in enumerate(prompts):
         ids = prompt.to(args.device)
-        cache.reset()
+        if number:
+            cache.reset()
         with contextlib.ExitStack() as stack:
             if number:
                 stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
             stack.enter_context(limit(min(args.compile_limit, run.left())))
-            same, same_eager = 0, 0
-            margins: list[float] = []
+            by_graph, plainly = Agreement(), Agreement()
             graphs: list[int] = []
-            dynamic = LatentCache(model)
-            plain = StaticLatentCache(model, cache.layers[0].max_cache_len)
+            dynamic, plain = growing(), fixed()
             left = model(input_ids=ids, use_cache=True, **passed(model, dynamic)).logits[:, -1]
             for one in (cache, plain):
                 model(input_ids=ids, use_cache=True, **passed(model, one))
@@ -741,45 +808,38 @@ def static_rows(run: Run, what: str, model: Any, prompts: Sequence[Tensor]) -> N
                 position = torch.tensor([[ids.shape[1] + i]], device=args.device)
                 options = {"input_ids": token, "position_ids": position, "use_cache": True}
                 left = model(**options, **passed(model, dynamic)).logits[:, -1]
-                eager = model(**options, **passed(model, plain)).logits[:, -1]
-                same_eager += int(bool((left.argmax(-1) == eager.argmax(-1)).all()))
-                torch.compiler.cudagraph_mark_step_begin()
-                right = call(**options, **passed(model, cache)).logits[:, -1]
-                chosen, other = left.argmax(-1), right.argmax(-1)
-                if bool((chosen == other).all()):
-                    same += 1
-                else:
-                    top, rival = (float(left[0, int(t)]) for t in (chosen, other))
-                    margins.append((top - rival) / (abs(top) * torch.finfo(left.dtype).eps))
-                graphs.append(counters["stats"]["unique_graphs"])
-        breaks = sum(counters["graph_break"].values())
-        recompiled = number > 0 and graphs[-1] != graphs[0]
-        recompiled = recompiled or graphs[-1] != graphs[2]
-        skips = counters["inductor"]["cudagraph_skips"]
-        if args.device.type != "cuda":
-            skips = 0  # there are none to be had
-        ties = sum(margin <= TIE_ULPS for margin in margins)
-        good = same + ties == count and same_eager == count and not (recompiled or breaks or skips)
-        tied = f" (others off by {', '.join(f'{m:.1f}' for m in margins)} ulp)" if margins else ""
-        run.row(
-            "static",
-            f"{what}, prompt of {ids.shape[1]}: {same} of {count} tokens the same{tied}, "
-            f"{same_eager} uncompiled; "
-            f"{graphs[-1]} graphs, breaks {breaks}, recompiled {recompiled}, CUDA graphs skipped "
-            f"{skips}{met(good)}",
-            model=what,
-            prompt=ids.shape[1],
-            tokens=count,
-            same=same,
-            same_uncompiled=same_eager,
-            ties=ties,
-            margins_ulp=margins,
-            graphs=graphs[-1],
-            graph_breaks=breaks,
-            recompiled=recompiled,
-            cudagraph_skips=skips,
-            met=good,
-        )
+                plainly.add(left, model(**options, **passed(model, plain)).logits[:, -1])
+                if compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
+                    by_graph.add(left, call(**options, **passed(model, cache)).logits[:, -1])
+                    graphs.append(counters["stats"]["unique_graphs"])
+        row: dict[str, Any] = {"model": what, "prompt": ids.shape[1], "tokens": count}
+        row["uncompiled"] = plainly.record()
+        told = f"uncompiled {plainly.told()}"
+        good = plainly.bits == count
+        if compiled:
+            breaks = sum(counters["graph_break"].values())
+            recompiled = graphs[-1] != graphs[2] or (number > 0 and graphs[-1] != graphs[0])
+            skips = counters["inductor"]["cudagraph_skips"]
+            if args.device.type != "cuda":
+                skips = 0  # there are none to be had
+            good = good and by_graph.same + by_graph.ties == count
+            good = good and not (recompiled or breaks or skips)
+            row.update(
+                compiled=by_graph.record(),
+                graphs=graphs[-1],
+                graph_breaks=breaks,
+                recompiled=recompiled,
+                cudagraph_skips=skips,
+            )
+            told += (
+                f"; compiled {by_graph.told()}, {graphs[-1]} graphs, breaks {breaks}, recompiled "
+                f"{recompiled}, CUDA graphs skipped {skips}"
+            )
+        if ours:
+            row["met"] = good
+            told += met(good)
+        run.row("static", f"{what}, prompt of {ids.shape[1]}: {told}", **row)
 
 
 # -- converting -----------------------------------------------------------------------------------
@@ -857,6 +917,13 @@ def point(text: str) -> tuple[int, int]:
     return found
 
 
+def latents(text: str) -> str:
+    """``int8``, ``int4``, ``mixed``, or bits and a rank: ``int8:256``."""
+    if re.fullmatch(r"mixed|int[48](:[1-9]\d*)?", text) is None:
+        raise argparse.ArgumentTypeError(f"expected int8, int4, mixed or int8:RANK, got {text!r}")
+    return text
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the configuration's sizes where none are given."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -864,12 +931,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", choices=CONFIGS, default="8b", help="(default: %(default)s)")
     add("--layers", type=int, help="of the model (default: the configuration's)")
     add("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="(default: all)")
-    specs = ("int8", "int4", "mixed")
-    add("--specs", nargs="+", choices=specs, default=["int8", "int4"], help="latents to measure")
+    add(
+        "--specs",
+        nargs="+",
+        type=latents,
+        default=["int8", "int4"],
+        help="latents to measure: int8, int4, mixed, or with a rank, as int8:256",
+    )
     add(
         "--compiled-specs",
         nargs="*",
-        choices=specs,
+        type=latents,
         help="of those, to measure compiled (default: the first)",
     )
     add("--kv-ratio", type=float, default=0.25, help="bytes relative to 16 bits")
@@ -880,12 +952,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=point, metavar="WINDOWSxTOKENS")
     add("--compiled-layers", nargs="+", type=int, help="models that are compiled, by their layers")
     add("--compile-limit", type=float, default=120, help="seconds for one compilation")
-    add("--no-compile", action="store_true", help="nothing compiled in decode")
+    add("--no-compile", action="store_true", help="nothing compiled in decode and static")
+    add("--no-original", action="store_true", help="nothing unconverted compiled in decode")
     add("--no-eager", action="store_true", help="nothing but compiled in decode")
+    kinds = ("random", "smollm2")
+    add("--static-models", nargs="+", choices=kinds, default=list(kinds), help="(default: both)")
+    add("--smollm2", default=hf.SMOLLM2, metavar="MODEL", help="where it is, if not installed")
+    add(
+        "--compiled-control",
+        action="store_true",
+        help="in static, compile the unconverted model as well",
+    )
     add("--rounds", type=int, help="of which the median is taken (default: 5, quick: 3)")
     add("--steps", type=int, help="decode steps a round (default: 8, quick: 4)")
     add("--quick", action="store_true", help="fewer rounds and steps")
-    add("--profile", action="store_true", help="the kernels that take longest, eager")
+    add("--profile", action="store_true", help="the kernels that take longest in a step")
     add("--time-budget", type=float, default=math.inf, metavar="SECONDS")
     add("--json", type=Path, metavar="FILE", help="written after every row")
     add("--device", help="(default: cuda where there is one)")

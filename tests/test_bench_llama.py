@@ -93,6 +93,28 @@ def test_specs_stay_within_their_bytes(bench, name, ratio):
     spec = bench.layer_spec(name, Config, ratio)
     rank = sum(part.rank for part in spec.k)
     assert spec.bytes_per_token <= ratio * 4 * 8 * 128
-    assert spec.bytes_per_token > 0.9 * ratio * 4 * 8 * 128 or rank == 1024
-    assert all(part.rank % 16 == 0 for part in spec.k)
+    assert spec.bytes_per_token > 0.85 * ratio * 4 * 8 * 128 or rank == 1024
+    assert all(part.rank % 32 == 0 for part in spec.k)
     assert rank <= 1024
+
+
+def test_a_spec_may_name_its_rank(bench):
+    spec = bench.layer_spec("int4:384", None, 0.25)
+    assert [(part.bits, part.rank) for part in (*spec.k, *spec.v)] == [(4, 384)] * 2
+    with pytest.raises(SystemExit):
+        bench.main([*TINY, "--specs", "int8:"])
+
+
+def test_a_static_cache_is_compared_by_its_bits(bench, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    options = ["--section", "static", "--static-models", "random", "--no-compile"]
+    assert bench.main([*TINY, *options, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["sections"]["static"]
+    ours = [row for row in rows if "original" not in row["model"]]
+    assert len(ours) == 6
+    assert all(row["met"] and row["uncompiled"]["equal_logits"] == row["tokens"] for row in ours)
+    assert len(rows) == 10
+    # transformers' own caches, in bfloat16, say that another order of sums does show.
+    others = [row["uncompiled"]["equal_logits"] for row in rows if row not in ours]
+    assert min(others) < 24
+    assert "with equal logits" in capsys.readouterr().out

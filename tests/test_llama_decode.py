@@ -224,6 +224,41 @@ def test_padding_that_positions_do_not_know_of(calls):
     close(got["kernel"], got["general"])
 
 
+def recorded(model):
+    """A compiled model, and the operators of its graphs once it was called."""
+    torch._dynamo.reset()
+    targets = []
+
+    def record(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    return torch.compile(model, fullgraph=True, backend=record), targets
+
+
+@torch.no_grad()
+def test_a_compiled_step_takes_the_kernel_after_a_prompt_without_a_mask():
+    """Which is what transformers gives a fresh static cache."""
+    length = 20
+    model = choose(make_converted("llama", BOTH), "kernel")
+    ids = ids_of(1, length + 1)
+    compiled, targets = recorded(model)
+    logits = []
+    for step in (compiled, model):
+        cache = StaticLatentCache(model, 32)
+        model(ids[:, :length], use_cache=True, **passed(model, cache))
+        more = {"cache_position": torch.tensor([length])} if FOUR else {}
+        out = step(
+            input_ids=ids[:, length:],
+            position_ids=torch.tensor([[length]]),
+            **passed(model, cache),
+            **more,
+        )
+        logits.append(out.logits)
+    assert sum("latent_attention_decode" in name for name in targets) == 3
+    close(*logits)
+
+
 @torch.no_grad()
 def test_a_compiled_step_takes_the_kernel_where_the_prompt_was_regular():
     model = choose(make_converted("llama", BOTH), "kernel")
@@ -252,14 +287,7 @@ def test_a_compiled_step_takes_the_kernel_where_the_prompt_was_regular():
             logits.append(out.logits)
         return torch.cat(logits, dim=1), cache
 
-    torch._dynamo.reset()
-    targets = []
-
-    def record(graph, inputs):
-        targets.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=record)
+    compiled, targets = recorded(model)
     got, cache = run(compiled, True)
     assert sum("latent_attention_decode" in name for name in targets) >= 3
     close(got, run(model, False)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from llama_cases import FOUR, ids_of, make_converted, make_model, through_cache, transformers
 
 from int8_ops._cache_names import cache_argument, cache_of, cache_position, passed
-from int8_ops.llama import LatentCache, LatentConfig, StaticLatentCache, score
+from int8_ops.llama import LatentAttention, LatentCache, LatentConfig, StaticLatentCache, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,6 +167,55 @@ def test_chunked_prefill_after_a_first_turn(model):
     got = through_cache(model, ids[:, 20:], 3, cache)
     expected = model(ids, use_cache=False).logits[:, 20:]
     assert float((got - expected).norm() / expected.norm()) < 5e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2"])
+@pytest.mark.parametrize("flow", ["integer", "seed", "eager"])
+def test_a_static_cache_gives_the_bits_of_a_growing_one(family, flow):
+    """In bfloat16, where sums in another order show: prompt, chunks, and steps one by one."""
+    assert_same_bits(family, flow, 16, "cpu")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2"])
+@pytest.mark.parametrize("flow", ["integer", "seed", "eager"])
+def test_a_static_cache_gives_the_bits_of_a_growing_one_on_a_gpu(family, flow):
+    """The same on CUDA, with heads and ranks that the Hopper kernel takes."""
+    assert_same_bits(family, flow, 64, "cuda")
+
+
+def assert_same_bits(family, flow, head_dim, device):
+    multiple = head_dim // 2
+    config = LatentConfig(kv_ratio=0.6, rank_multiple=multiple)
+    if flow == "seed":
+        config = LatentConfig(kv_ratio=0.9, bits=16, rank_multiple=multiple, flow="seed")
+    model = make_converted(family, config, head_dim=head_dim).to(device, torch.bfloat16)
+    if flow == "eager":
+        model.set_attn_implementation("eager")
+    parts = ((0, 13), (13, 14), (14, 33), (33, 37), *((n, n + 1) for n in range(37, 41)))
+    ids = ids_of(2, 41).to(device)
+    for decode, padding in itertools.product(("kernel", "general"), (0, 3)):
+        for module in model.modules():
+            if isinstance(module, LatentAttention):
+                module.decode = decode
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+        caches = (LatentCache(model), StaticLatentCache(model, 67))
+        for begin, end in parts:
+            dynamic, static = (
+                model(
+                    ids[:, begin:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=position_ids[:, begin:end],
+                    use_cache=True,
+                    **passed(model, cache),
+                ).logits
+                for cache in caches
+            )
+            assert torch.equal(dynamic, static), (decode, padding, begin, end)
 
 
 @torch.no_grad()

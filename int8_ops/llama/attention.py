@@ -324,7 +324,7 @@ def eager_attention(
     key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
+        scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -353,13 +353,15 @@ def attend(
         a_k: rebuilds keys; its A and scales.
         a_v: rebuilds values.
         rotary: cos and sin ``[B or 1, S, d]`` of the cached tokens.
-        mask: as transformers makes it for the implementation in use.
+        mask: as transformers makes it for the implementation in use, of S slots or more.
         kwargs: passed on to it.
 
     Returns:
         ``[B, q, H, d]``, and the weights ``[B, H, q, S]`` where the implementation has them.
     """
     key = rotate(a_k.rebuild(stored[0], query.dtype), *rotary)
+    if isinstance(mask, Tensor):
+        mask = mask[..., : key.shape[2]]
     if query.shape[2] == 1 and module.absorbs(kwargs):
         output, weights = attend_one(query, key, stored[1], a_v, mask, kwargs["scaling"])
         told = module.config._attn_implementation == "eager"
@@ -386,7 +388,7 @@ def attend_one(
         key: ``[B, heads, S, d]``, rotated.
         stored: the values of all S tokens.
         a_v: what would rebuild them.
-        mask: None, or ``[B, 1, 1, >= S]``: what to add to the scores, or True where to attend.
+        mask: None, or ``[B, 1, 1, S]``: what to add to the scores, or True where to attend.
         scaling: of the scores.
 
     Returns:
@@ -398,7 +400,6 @@ def attend_one(
     # The scale goes to the query: a pass over the scores less, and a rounding of them.
     scores = scores_of_one(query * scaling, key)
     if mask is not None:
-        mask = mask[..., : key.shape[2]]
         chosen = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -torch.inf) if chosen else scores.float() + mask
     weights = scores.softmax(dim=-1, dtype=torch.float32)
@@ -559,8 +560,12 @@ class LatentAttention(nn.Module):
             check_cache(cache)
             stored = cache.update(k_latent, v_latent, self.layer_idx, position_ids=position_ids)
             tokens, rows = stored[0][0][0].shape[2], None
-            if decode.why_general(self, query, tokens, options) is None:
+            # A graph sees all of a static cache: a pass before it decides what the graph does.
+            most = max(tokens, cache.layers[self.layer_idx].get_max_length())
+            if decode.why_general(self, query, most, options) is None:
                 rows = cache.rows(self.layer_idx, attention_mask, self.sliding_window, query)
+                if tokens < most and decode.too_few(self, query, tokens) is not None:
+                    rows = None
             if rows is not None:
                 output, weights = (
                     decode.attend_integers(
@@ -570,8 +575,11 @@ class LatentAttention(nn.Module):
                 )
             else:
                 rotary = cache.rotary(self.layer_idx, self.rotary_emb, hidden_states)
+                mask = cache.mask_of(
+                    self.layer_idx, attention_mask, self.sliding_window, query.shape[2]
+                )
                 output, weights = attend(
-                    self, query, stored, k_proj, v_proj, rotary, attention_mask, **options
+                    self, query, stored, k_proj, v_proj, rotary, mask, **options
                 )
         else:
             k_stored = quantize_stream(k_latent, self.spec.k, self.backend)

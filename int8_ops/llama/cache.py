@@ -271,12 +271,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def stored(self) -> tuple[list[Stored], list[Stored]]:
         """Views of what is kept, keys and values: ``[B, G, length, ...]`` each."""
-        n = self.length
-
-        def view(buffers: list[Stored]) -> list[Stored]:
-            return [(q[:, :, :n], None if s is None else s[:, :, :n]) for q, s in buffers]
-
-        return view(self.k), view(self.v)
+        return first_tokens(self.k, self.length), first_tokens(self.v, self.length)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every allocated tensor, room for more tokens included."""
@@ -353,6 +348,11 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
 
+def first_tokens(buffers: list[Stored], count: int) -> list[Stored]:
+    """Views of the first ``count`` tokens of ``[B, G, S, ...]``."""
+    return [(q[:, :, :count], None if s is None else s[:, :, :count]) for q, s in buffers]
+
+
 def _emptied(t: Tensor) -> list[int]:
     """``t``'s shape without its tokens."""
     shape = list(t.shape)
@@ -411,22 +411,25 @@ class StaticLatentLayer(LatentLayer):
         """Where the next ``count`` tokens go, int64 ``[count]``."""
         return torch.arange(count, device=self.device) + self.cumulative_length
 
-    def check_room(self, count: int) -> None:
-        """Raises ValueError where that many tokens do not fit; waits for the device.
+    def end_after(self, count: int) -> int:
+        """Tokens in use after ``count`` more; waits for the device.
 
-        In a compiled graph, a device-side assertion.
+        Raises ValueError where they do not fit. In a compiled graph that is a device-side
+        assertion, and all of the buffer counts as in use.
         """
         end = self.cumulative_length + count
         if torch.compiler.is_compiling():
             torch._assert_async(
                 end <= self.max_cache_len, "StaticLatentCache: more tokens than max_cache_len"
             )
-        elif int(end) > self.max_cache_len:
+            return self.max_cache_len
+        found = int(end)
+        if found > self.max_cache_len:
             raise ValueError(
-                f"StaticLatentCache: holds {int(self.cumulative_length)} of at most "
-                f"{self.max_cache_len} tokens, got {count} more; make it with a larger "
-                "max_cache_len"
+                f"StaticLatentCache: holds {found - count} of at most {self.max_cache_len} tokens, "
+                f"got {count} more; make it with a larger max_cache_len"
             )
+        return found
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -575,6 +578,14 @@ class LatentCache(Cache):  # type: ignore[misc]
         self.positions.append(position_ids, latent.shape[0])
         return {}
 
+    def _seen(self) -> tuple[Tensor, Any]:
+        """Positions ``[B or 1, S]`` of the slots that a pass looks at, and how many are in use."""
+        return self.positions.view(), self.get_seq_length()
+
+    def mask_of(self, layer_idx: int, mask: Any, window: int | None, queries: int) -> Any:
+        """What to attend under: the mask that transformers made for this cache."""
+        return mask
+
     def rotary(self, layer_idx: int, rotary_emb: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         """``cos, sin [B or 1, S, d]`` of every cached token, from the model's own rotary embedding.
 
@@ -583,7 +594,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         """
         made = self._rotary
         if layer_idx == 0 or made is None or made[0].device != like.device:
-            cos, sin = rotary_emb(like, self.positions.view().to(like.device))
+            cos, sin = rotary_emb(like, self._seen()[0].to(like.device))
             # Spread over devices, the embedding answers from its own.
             made = cos.to(like.device), sin.to(like.device)
         self._rotary = None if layer_idx == len(self.layers) - 1 else made
@@ -607,9 +618,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         if layer_idx == 0:
             self._readings = {}
         if window not in self._readings:
-            reading = read_rows(
-                self.positions.view(), self.get_seq_length(), mask, window, batch, queries
-            )
+            reading = read_rows(*self._seen(), mask, window, batch, queries)
             if torch.compiler.is_compiling():
                 if reading is not None and self._regular.get(window, False):
                     torch._assert_async(
@@ -705,6 +714,9 @@ class LatentCache(Cache):  # type: ignore[misc]
 class StaticLatentCache(LatentCache):
     """A ``LatentCache`` of a fixed size: for ``torch.compile`` and CUDA graphs.
 
+    A compiled pass looks at the whole buffer, under a mask. One outside of a graph looks at the
+    tokens in use, as a ``LatentCache`` has them: it does what that does, with the same bits.
+
     Args:
         model: as for ``LatentCache``.
         max_cache_len: tokens a row it can hold.
@@ -726,6 +738,10 @@ class StaticLatentCache(LatentCache):
         if max_cache_len < 1:
             raise ValueError(f"StaticLatentCache: expected max_cache_len >= 1, got {max_cache_len}")
         self._room = max_cache_len  # 4.x has a property max_cache_len
+        # Of the pass under way, outside of a graph: tokens in use; by window, the mask that was
+        # given and what it came to.
+        self._end = 0
+        self._masks: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         super().__init__(model, offloading, backend)
 
     def _make_layer(self, spec: LayerSpec, backend: str) -> LatentLayer:
@@ -743,10 +759,60 @@ class StaticLatentCache(LatentCache):
         if self.positions.ids is None:
             self.positions.initialize(latent.shape[0], latent.device)
         # Once a pass: the other layers hold as many.
-        layer.check_room(latent.shape[2])
+        end = layer.end_after(latent.shape[2])
+        if not torch.compiler.is_compiling():
+            self._end = end
         slots = layer.slots(latent.shape[2])
         self.positions.write(position_ids, slots)
         return {"slots": slots}
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Stored], list[Stored]]:
+        """As ``LatentCache.update``; in a compiled graph, what it returns is the whole buffer."""
+        found = super().update(
+            key_states, value_states, layer_idx, *args, position_ids=position_ids, **kwargs
+        )
+        if torch.compiler.is_compiling():
+            return found
+        return first_tokens(found[0], self._end), first_tokens(found[1], self._end)
+
+    def mask_of(self, layer_idx: int, mask: Any, window: int | None, queries: int) -> Any:
+        """Outside of a graph, the mask of the tokens in use.
+
+        None where transformers gives a ``LatentCache`` none: without a mask SDPA takes other
+        kernels, which round elsewhere. Once a pass, dropped by the last layer; waits for the
+        device.
+        """
+        if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() != 4:
+            return mask
+        if layer_idx == 0:
+            self._masks = {}
+        given, found = self._masks.get(window, (None, None))
+        if given is not mask:
+            found = mask[..., : self._end].contiguous()
+            if (
+                queries in (1, self._end)
+                and (window is None or self._end < window)
+                and mask.dtype == torch.bool
+                and bool((found == torch.ones_like(found).tril(self._end - queries)).all())
+            ):
+                found = None
+            self._masks[window] = mask, found
+        if layer_idx == len(self.layers) - 1:
+            self._masks = {}
+        return found
+
+    def _seen(self) -> tuple[Tensor, Any]:
+        if torch.compiler.is_compiling():
+            return super()._seen()
+        return self.positions.view()[:, : self._end], self._end
 
 
 def _specs_of(

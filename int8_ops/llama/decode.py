@@ -128,8 +128,6 @@ def why_general(
         return f"no kernel for {device}"
     if backend == "triton" and query.shape[3] not in triton.HEAD_SIZES:
         return f"heads of {query.shape[3]}"
-    if tokens <= query.shape[2]:
-        return "nothing was cached before"
     if module.config._attn_implementation != "sdpa" or not module.absorbs(options):
         return "not plain scaled_dot_product_attention"
     if any(part.bits == 16 for part in slices):
@@ -142,11 +140,18 @@ def why_general(
         return "a gradient is recorded"
     if rope_of(module.rotary_emb) is None:
         return "RoPE that changes with the length"
+    return too_few(module, query, tokens)
+
+
+def too_few(module: LatentAttention, query: Tensor, tokens: int) -> str | None:
+    """Of ``why_general``, what is a matter of the number of slots."""
+    if tokens <= query.shape[2]:
+        return "nothing was cached before"
     if module.decode == "kernel":
         return None
     least = from_tokens(query.device)
     if least is None:
-        return f"not measured to be faster on this {device} device"
+        return f"not measured to be faster on this {query.device.type} device"
     return f"below {least} tokens" if tokens < least else None
 
 
@@ -162,7 +167,7 @@ def read_rows(
 
     Args:
         positions: int32 ``[B or 1, S]``, of the slots.
-        length: of these in use; a tensor in a static cache, and then all of this stays one.
+        length: of these in use; a tensor in a compiled graph, and then all of this stays one.
         mask: None, or ``[B or 1, 1, queries, >= S]``, True where to attend.
         window: slots that a query sees.
         batch: rows.
@@ -187,7 +192,9 @@ def read_rows(
         given = mask[:, 0, -checked:, :size].to(device).expand(batch, -1, -1)
         own = length - checked + torch.arange(checked, device=device)[:, None]
         # What hides the first slots may be the window; padding shows in the positions as well.
-        first = given[:, 0].to(torch.uint8).argmax(-1)
+        # No argmax: beside the reductions below Inductor fails on it (torch 2.11 to 2.14, one row
+        # of more than 8192 slots). A query that sees nothing counts from slot 0.
+        first = torch.where(given[:, 0], slots, size).amin(-1) % size
         start = first if window is None else (-origin).clamp(min=0)
         seen = (slots >= start[:, None, None]) & (slots <= own)
         if window is not None:
