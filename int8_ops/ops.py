@@ -193,6 +193,11 @@ def latent_attention_decode(
     depends on its own row alone, to the bit: not on the batch, the padding or q_len. A NaN scale of
     a token makes NaN what sees the token, and nothing else.
 
+    The keys' A has the same scale for the two channels of a RoPE pair, in each slice: integers are
+    rotated before their scales apply. Scales that differ are an error on CPU tensors. On CUDA ones
+    no call waits to look at them: there the heads of such a pair are NaN or, on the paths that
+    scale before they rotate, right.
+
     Args:
         q: floating ``[B, H, q_len, d]``, q_len 1..16, d even, rotated by its own positions.
         k: the keys' latents, 1 to 4 slices. Views with the strides of a larger buffer are taken as

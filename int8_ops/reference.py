@@ -110,7 +110,10 @@ class LatentStream(NamedTuple):
             j in its low half and value j + r/2 in its high half, each in two's complement.
         scale: float32 ``[B, G, S]``.
         a: int8 ``[G, out, r]``; ``out`` is the group's KV heads times the head size.
-        a_scale: float32 ``[G, out, 1]``; of keys, rows i and i + d/2 of a head share theirs.
+        a_scale: float32 ``[G, out, 1]``. Of keys, the rows i and i + d/2 of a head, which are a
+            RoPE pair, have the same: integers are rotated before scales apply. What this module
+            computes is right for others as well; what ``ops.latent_attention_decode`` does then, it
+            tells itself.
         bias: floating ``[G * out]``, or None.
     """
 

@@ -291,11 +291,20 @@ def linear_cases() -> Iterator[Outcome]:
             yield f"int8_linear [{m}, {n}, {k}] {dtype}", got, expected
 
 
-def latents(batch: int, tokens: int, out: int, bits: int, rank: int) -> list[Tensor]:
-    """A slice of one group: latents, their scales, A, its scales."""
+def latents(
+    batch: int, tokens: int, out: int, bits: int, rank: int, pairs: int | None
+) -> list[Tensor]:
+    """A slice of one group: latents, their scales, A, its scales.
+
+    ``pairs``: the size of heads whose RoPE pairs share A's scales, which keys' have to.
+    """
     q = integers(batch * tokens, rank * bits // 8).view(batch, 1, tokens, -1)
     scale = (torch.rand(batch, 1, tokens) + 0.1) / (2 ** (bits - 1) * rank**0.5)
-    return [q, scale, integers(out, rank)[None], (torch.rand(1, out, 1) + 0.2) / 64]
+    a_scale = (torch.rand(1, out, 1) + 0.2) / 64
+    if pairs is not None:
+        halves = a_scale.view(-1, 2, pairs // 2)
+        halves[:, 1] = halves[:, 0]
+    return [q, scale, integers(out, rank)[None], a_scale]
 
 
 def attention(
@@ -308,8 +317,8 @@ def attention(
     """
     heads = 2
     streams = []
-    for slices in (k, v):
-        parts = [latents(2, tokens, heads * size, bits, rank) for bits, rank in slices]
+    for slices, pairs in ((k, size), (v, None)):
+        parts = [latents(2, tokens, heads * size, bits, rank, pairs) for bits, rank in slices]
         own = torch.randn(heads * size) if bias else None
         streams.append(reference.LatentStream(*map(list, zip(*parts, strict=True)), own))
     q = torch.randn(2, heads * repeats, q_len, size).to(dtype)

@@ -83,6 +83,12 @@ class Problem:
             length=length, origin=origin,
         )  # fmt: skip
 
+    def with_key_scale(self, head: int, channel: int, scale: float, part: int = 0) -> Problem:
+        """Another scale of A for one channel of a KV head, in slice ``part``."""
+        scales = [t.clone() for t in self.k.a_scale]
+        scales[part].view(self.kv_heads, -1)[head, channel] = scale
+        return replace(self, k=self.k._replace(a_scale=scales))
+
     def rows(self, chosen: slice) -> Problem:
         """Some rows of the batch."""
 

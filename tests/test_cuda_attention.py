@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from cases import same_bits
 from latent_attention_cases import Problem
+from test_hopper import on_hopper
 from test_latent_attention import WRONG
 from torch import Tensor
 
@@ -155,6 +157,37 @@ def test_the_room_of_a_cache_changes_nothing(path: str) -> None:
 @either_path
 def test_more_splits_than_a_fold_has_at_hand(path: str) -> None:
     check(cases.Maker(48).problem("long", 1, 1, 1, 2, 8, 1, 300_000, [(8, 8)], [(8, 12)]))
+
+
+# ---- scales of A that differ within a RoPE pair -------------------------------------------------
+
+
+@on_hopper
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
+def test_a_pair_of_unequal_scales_is_nan_on_hopper(
+    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its head; the others have the same bits."""
+    monkeypatch.setenv(PATH, "sm90")
+    problem = cases.Maker(49).problem(
+        "pairs", 2, 1, 4, 3, size, 2, 600, [(8, 96), (4, 64)], [(8, 160)], dtype
+    )
+    whole = attend(on_device(problem))
+    assert not whole.isnan().any()
+    for head, channel, part in itertools.product((0, 2), (3, size - 1), (0, 1)):
+        got = attend(on_device(problem.with_key_scale(head, channel, 0.75, part)))
+        spoiled = torch.arange(whole.shape[2]) // 3 == head
+        what = f"head {head}, channel {channel}, slice {part}"
+        assert got[:, :, spoiled].isnan().all(), what
+        equal(got[:, :, ~spoiled], whole[:, :, ~spoiled], what)
+
+
+def test_the_general_path_takes_unequal_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATH, "general")
+    for dtype in cases.DTYPES:
+        problem = cases.Maker(50).problem("pairs", 2, q_len=2, k=[(8, 96), (4, 64)], dtype=dtype)
+        check(problem.with_key_scale(1, 40, 0.02, 1))
 
 
 # ---- graphs, streams, compilers ------------------------------------------------------------------

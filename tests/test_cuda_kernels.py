@@ -259,11 +259,29 @@ def has_hopper() -> bool:
     return bool({"9.0a", "9.0a+PTX"} & archs) and torch.cuda.get_device_capability() == (9, 0)
 
 
+def serving_tile(path: str, m: int, n: int, k: int, x_bytes: int) -> int:
+    """The cheapest of the path's tiles that take rows of `x_bytes` as they are, on this device."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    plans = _extension.build_info.require().rank_gemm_plans(
+        m,
+        n,
+        k,
+        2,
+        device.multi_processor_count,
+        device.shared_memory_per_block_optin,
+        sm90=has_hopper(),
+        x_bytes=x_bytes,
+    )
+    # The path sm80 has a pass before each of its tiles.
+    return next(p["tile"] for p in plans if p["path"] == path and p["pass"] == (path == "sm80"))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_by_its_name(path: str) -> None:
     """The heuristics choose within it; a pass is printed, and forced where a plan asks for it."""
     if path in ("resident", "stream", "stationary") and not has_hopper():
         pytest.skip("needs capability 9.0 and a build for 9.0a")
+    tile = serving_tile(path, 16, 16, 512, x_bytes=2)
     code = f"""
 import os, torch, int8_ops
 a = torch.ones((16, 512), dtype=torch.int8, device="cuda")
@@ -271,9 +289,9 @@ scale = torch.ones((16, 1), device="cuda")
 ops = torch.ops.int8_ops
 ops.int8_mm(a, a)
 ops.int8_linear(a.half(), a, scale, None, None)
-os.environ[{FORCE!r}] = "{path}:0:1"
+os.environ[{FORCE!r}] = "{path}:{tile}:1"
 ops.int8_linear(a.half(), a, scale, None, None)
-os.environ[{FORCE!r}] = "{path}:0:1:pass"
+os.environ[{FORCE!r}] = "{path}:{tile}:1:pass"
 ops.int8_linear(a.half(), a, scale, None, None)
 ops.int8_mm(a, a)
 torch.cuda.synchronize()

@@ -102,6 +102,26 @@ def test_errors(message):
             ops.latent_attention_decode(*moved.arguments)
 
 
+@pytest.mark.parametrize("channel", [5, 37])
+def test_scales_that_differ_within_a_pair_are_refused_on_a_cpu(channel):
+    """A fake has no data, and takes them."""
+    base = replace(
+        BASE, k=BASE.k._replace(a_scale=[torch.full_like(t, 0.5) for t in BASE.k.a_scale])
+    )
+    values = ("0.75", "0.5") if channel == 5 else ("0.5", "0.75")
+    problem = base.with_key_scale(3, channel, 0.75, 1)
+    message = (
+        f"expected scales of A of k that are the same for the two channels of a RoPE pair, got "
+        f"{values[0]} for channel 5 and {values[1]} for channel 37 of KV head 3 in slice 1"
+    )
+    with pytest.raises(RuntimeError, match=f"int8_ops.{OP}: {message}"):
+        ops.latent_attention_decode(*problem.arguments)
+    fake = ops.latent_attention_decode(*problem.map(lambda t: t.to("meta")).arguments)
+    assert fake.is_meta
+    cases.check(base)
+    cases.check(base.with_key_scale(3, 5, torch.nan).with_key_scale(3, 37, torch.nan))
+
+
 def test_two_devices_are_refused():
     wrong = replace(BASE, length=BASE.length.to("meta"))
     with pytest.raises(RuntimeError, match="device"):

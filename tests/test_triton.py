@@ -127,7 +127,7 @@ def test_quantize_shortlist_holds_whole_rows() -> None:
 def compile_for(
     capability: int, kernel: object, types: dict[str, str], **options: object
 ) -> object:
-    """Compile a kernel without a device; every pointer and size a multiple of 16."""
+    """Compile a kernel without a device; pointers, and specialised sizes, are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -141,7 +141,7 @@ def compile_for(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(kernel.arg_names)
-            if types.get(name, "fp32") != "fp32" and name not in ("m", "rows")
+            if types.get(name, "fp32") != "fp32" and not kernel.params[i].do_not_specialize
         },
     )
     target = GPUTarget("cuda", capability, 32)
@@ -281,6 +281,39 @@ def test_latent_attention_compiles_to_tensor_cores(
         **{"ADD": False, "LAST": True, "SPLIT": launch.SPLIT, "SIZE": 128, "BLOCK_R": 64},
         **{"NATIVE_BFLOAT16": True, "num_warps": launch.NUM_WARPS},
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("block_r", [16, 32, 64])
+@pytest.mark.parametrize("block_m", [16, 32])
+def test_sums_compile_for_every_tile(capability: int, block_m: int, block_r: int) -> None:
+    """To the same instruction whatever the rows: see Note [A row alone]."""
+    from int8_ops.backends.triton import attention_kernels as kernels
+    from int8_ops.backends.triton import attention_launch as launch
+
+    assert block_m <= launch.MAX_BLOCK_M < 64
+    for dtype, instruction in (
+        ("fp32", r"fma\.rn\.f32"),
+        ("fp16", r"mma\.sync\S*\.m16n8k8\S*\.tf32\.tf32"),
+        ("bf16", r"mma\.sync\S*\.m16n8k16\S*\.bf16\.bf16"),
+    ):
+        compiled = compile_attention(
+            capability,
+            kernels.sums_kernel,
+            "start_ptr=i32 length_ptr=i32 latent_ptr=i8",
+            BFLOAT16=dtype == "bf16",
+            PRECISION="tf32" if dtype == "fp16" else "ieee",
+            NATIVE_BFLOAT16=True,
+            PACKED=False,
+            BLOCK_M=block_m,
+            BLOCK_T=launch.BLOCK_T,
+            BLOCK_R=block_r,
+            SPLIT=launch.SPLIT,
+            num_warps=launch.NUM_WARPS,
+        )
+        assert re.search(instruction, compiled.asm["ptx"])
+        assert "wgmma" not in compiled.asm["ptx"]
 
 
 @pytest.fixture

@@ -306,6 +306,17 @@ def latent_attention_alone(device: torch.device) -> None:
         assert torch.allclose(got, whole[b : b + 1, :1], rtol=1e-4, atol=1e-5)
 
 
+def latent_attention_unequal_pairs(device: torch.device) -> None:
+    """Scales of the keys' A that differ within a RoPE pair: NaN for their head."""
+    for dtype in FLOATS:
+        problem = attention.Maker(35).problem("pairs", 2, k=[(8, 32), (4, 32)], dtype=dtype)
+        for part, channel in ((0, 3), (1, 40)):
+            unequal = problem.with_key_scale(1, channel, 0.75, part).map(lambda t: t.to(device))
+            got = backend.latent_attention_decode(*unequal.arguments).isnan()
+            assert not got[:, :, :2].any(), (dtype, part)
+            assert got[:, :, 2:].all(), (dtype, part)
+
+
 def latent_attention_errors(device: torch.device) -> None:
     problem = attention.Maker(33).problem("errors", tokens=9, size=80).map(lambda t: t.to(device))
     with pytest.raises(RuntimeError, match=r"takes heads of .*, got 80"):
@@ -336,7 +347,8 @@ CASES = {
         case.__name__: case
         for case in (
             *(raster, extremes_more, ties, long_rows, errors, compiled, random_few),
-            *(latent_attention_alone, latent_attention_errors, latent_attention_compiled),
+            *(latent_attention_alone, latent_attention_unequal_pairs),
+            *(latent_attention_errors, latent_attention_compiled),
         )
     },
 }

@@ -87,7 +87,7 @@ struct LatentSlice {
   int64_t scale_batch_stride = 0;  // elements
   int64_t scale_group_stride = 0;
   const int8_t* a = nullptr;       // [groups, kv_heads / groups * head_dim, rank]
-  const float* a_scale = nullptr;  // a float a row of a
+  const float* a_scale = nullptr;  // a float a row of a; of keys the same for a RoPE pair of rows
   int64_t rank = 0;
   bool packed = false;  // int4: byte j holds value j (low half) and j + rank / 2 (high half)
 };

@@ -1,6 +1,8 @@
 // The CPU implementations: torch's thread pool around the kernel table of cpu/dispatch.h.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+
 #include "../common/op_impl.h"
 #include "../common/quantized_rows.h"
 #include "dispatch.h"
@@ -65,6 +67,7 @@ struct CpuPolicy {
   }
 
   static void latent_attention(const LatentAttentionParams& p) {
+    check_key_scales(p);
     const KernelTable& table = kernels();
     const LatentAttentionPlan how = plan(p);
     auto* base = static_cast<char*>(p.workspace);
@@ -104,6 +107,23 @@ struct CpuPolicy {
   }
 
  private:
+  // Of each slice; NaN passes as a scale of both channels.
+  static void check_key_scales(const LatentAttentionParams& p) {
+    const int64_t half = p.head_dim / 2;
+    for (int64_t n = 0; n < p.k.count; ++n) {
+      for (int64_t row = 0; row < p.kv_heads * p.head_dim; ++row) {
+        const int64_t channel = row % p.head_dim;
+        if (channel >= half) continue;
+        const float first = p.k.slices[n].a_scale[row];
+        const float second = p.k.slices[n].a_scale[row + half];
+        INT8_OPS_CHECK(first == second || (std::isnan(first) && std::isnan(second)),
+                       "latent_attention_decode: expected scales of A of k that are the same for "
+                       "the two channels of a RoPE pair, got ",
+                       first, " for channel ", channel, " and ", second, " for channel ",
+                       channel + half, " of KV head ", row / p.head_dim, " in slice ", n);
+      }
+    }
+  }
   static LatentAttentionPlan plan(const LatentAttentionParams& p) {
     return plan_latent_attention(p, kernels().tile, torch::stable::get_num_threads());
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ptx/ex2_approx.cuh"
+#include "../ptx/load_global.cuh"
 #include "rope.cuh"
 #include "sm90_block.cuh"
 
@@ -118,6 +119,11 @@ struct WeightMaker {
     WeightScratch& scratch = block.scratch();
     uint32_t raw[kWarpQuads][4];
     float2 first_scales[kWarpQuads][2];  // under way together with the queries
+    // So are all scales of the heads, a sector a thread: no registers for those of second channels.
+    const int32_t sector = threadIdx.x % kWarpgroup * 8;
+    if (sector < task.heads * kSize) {
+      ptx::prefetch_global_l1(key_scales(task, 0, args.p.k.slices[0]) + sector);
+    }
 #pragma unroll
     for (int n = 0; n < kWarpQuads; ++n) {
       const uint16_t* const from = row_queries(task, quad_of(n));
@@ -200,11 +206,18 @@ struct WeightMaker {
         const float factor = factors.y * (s.packed ? kPackedFactor : 1.0F);
         uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 two = *reinterpret_cast<const float2*>(scales + pair_of(i % 2));
-          const float2 y = floats_of(raw[n][i]);
-          words[i] =
-              pack_half2(y.x * factors.x * (two.x * factor), y.y * factors.x * (two.y * factor));
+        for (int i = 0; i < 2; ++i) {
+          const auto* const pair = reinterpret_cast<const float2*>(scales + pair_of(i));
+          float2 two = *pair;
+          const float2 other = pair[kPairs / 2];
+          // The channels of a RoPE pair are rotated as integers: no result without a common scale.
+          if (two.x != other.x || two.y != other.y) two.x = NAN;
+#pragma unroll
+          for (int j = i; j < 4; j += 2) {
+            const float2 y = floats_of(raw[n][j]);
+            words[j] =
+                pack_half2(y.x * factors.x * (two.x * factor), y.y * factors.x * (two.y * factor));
+          }
         }
         if (lane < 16) {
           *scaled_queries(slice, quad) = make_uint4(words[0], words[1], words[2], words[3]);

@@ -18,4 +18,9 @@ __device__ __forceinline__ uint32_t ld_global_nc_16(const void* from) {
   return d;
 }
 
+// What is loaded soon and has no register yet. PTX ISA: prefetch.
+__device__ __forceinline__ void prefetch_global_l1(const void* from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+}
+
 }  // namespace int8_ops::ptx

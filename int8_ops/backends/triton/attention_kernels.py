@@ -3,11 +3,23 @@
 Imported only when Triton is there; they run under its interpreter as well. Scores go to memory (a
 few numbers a token and head), so that a pass over the values' latents serves all heads of a group.
 Every grid covers the cache's capacity and programs beyond a row's length leave at once: lengths are
-read on the device, and one captured graph serves every step. Tiles and splits are counted from a
-row's own first token and folded in order, so a query's result depends on its row alone.
+read on the device, and one captured graph serves every step.
 
 A slice of a latent is a launch. Of int4 slices byte j holds values j and j + rank/2: what int8 does
 in one product of all of a rank, they do in two of a half.
+
+Note [A row alone]
+A query's bits depend on its row alone. Tiles and splits are counted from the row's first token and
+folded in order. How many rows and queries there are must change no float operation either:
+  - The kernels are launched with ``enable_fp_fusion=False``. Which products a compiler fuses with a
+    sum is its choice, and another one where a size happens to be 1 or a multiple of 16.
+  - Counts are not specialised: one kernel serves them all. What divides strides, widths and ranks
+    is, for wide loads; it decides where a number is held, and all numbers of a loop are added where
+    they are held. What is left to add after it is added in an order that the source gives
+    (``_sum_of_columns``), or depends on a slice's rank alone (the combination).
+  - BLOCK_M, which grows with the rows, is at most 32: a product is made of the same instructions
+    then, mma.sync or FMAs, each of which adds to an element its next terms along K. From 64 rows on
+    it would be wgmma.
 """
 
 # Triton's decorators and tensors carry no types that a checker could follow.
@@ -16,7 +28,7 @@ in one product of all of a rank, they do in two of a half.
 import triton
 import triton.language as tl
 
-from .kernels import _round_to, _to_float32
+from .kernels import _ABS_MASK, _INF_BITS, _round_to, _to_float32
 
 _TWO_PI = tl.constexpr(6.283185307179586)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -31,11 +43,25 @@ def _row(start_ptr, length_ptr, b, capacity):
 
 
 @triton.jit
-def _dot(a, b, acc, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, NATIVE_BFLOAT16: tl.constexpr):
-    """float32 a times b on top of acc, both rounded to bfloat16 where that is q's dtype.
+def _round_to_tf32(x):
+    """To the nearest number of 11 significant bits, float16's count, with float32's range."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x1000) & -0x2000
+    # Of a NaN whose bits are all ones the sum would be a zero.
+    rounded = tl.where((bits & _ABS_MASK) > _INF_BITS, bits, rounded)
+    return rounded.to(tl.float32, bitcast=True)
 
-    The interpreter multiplies bfloat16 as if its bits were integers: there the rounded values are
-    made float32 again, whose products are the same.
+
+@triton.jit
+def _dot(a, b, acc, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, NATIVE_BFLOAT16: tl.constexpr):
+    """float32 a times b on top of acc, the factors rounded to what q's dtype has of digits.
+
+    bfloat16: rounded to it. The interpreter multiplies bfloat16 as if its bits were integers: there
+    the rounded values are made float32 again, whose products are the same.
+    float16, as PRECISION "tf32": rounded to tf32, which has float16's digits without its range. The
+    tensor cores would cut off digits instead, and the errors of a sum would not cancel.
+    float32, as PRECISION "ieee": not rounded; FMAs.
+    Sums are float32.
     """
     if BFLOAT16:
         a = _round_to(a, tl.bfloat16, NATIVE_BFLOAT16)
@@ -45,7 +71,18 @@ def _dot(a, b, acc, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, NATIVE_BFLO
             b = _to_float32(b)
         return tl.dot(a, b, acc)
     else:
+        if PRECISION == "tf32":
+            a = _round_to_tf32(a)
+            b = _round_to_tf32(b)
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _sum_of_columns(x):
+    """``x [M, N]`` -> ``[M]``, from the first column to the last wherever they are held."""
+    ones = tl.full((x.shape[1], 16), 1.0, dtype=tl.float32)
+    # Sixteen equal columns, the fewest that a product has: the largest is any of them.
+    return tl.max(tl.dot(x, ones, input_precision="ieee"), axis=1)
 
 
 @triton.jit
@@ -108,7 +145,14 @@ def _product(
     return acc
 
 
-@triton.jit
+# Of no weight for a wide access: see Note [A row alone].
+_COUNTS = [
+    *("window", "q_batch_stride", "q_head_stride", "q_token_stride", "capacity", "kv_heads"),
+    *("groups", "repeats", "q_len", "group_rows", "splits"),
+]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def scores_kernel(
     q_ptr,
     latent_ptr,
@@ -215,10 +259,12 @@ def scores_kernel(
     rotated_one = k_one * c - k_two * s
     rotated_two = k_two * c + k_one * s
 
-    a_scale_one = tl.load(a_scale_ptr + a_first + j)[None, :]
-    a_scale_two = tl.load(a_scale_ptr + a_first + HALF + j)[None, :]
-    folded_one = turned_one * a_scale_one
-    folded_two = turned_two * a_scale_two
+    # Integers are rotated before their scales apply: the two of a pair must be one.
+    a_scale = tl.load(a_scale_ptr + a_first + j)
+    same = a_scale == tl.load(a_scale_ptr + a_first + HALF + j)
+    a_scale = tl.where(same, a_scale, float("nan"))[None, :]
+    folded_one = turned_one * a_scale
+    folded_two = turned_two * a_scale
     score = tl.zeros((BLOCK_M, BLOCK_T), dtype=tl.float32)
     score = _dot(folded_one, rotated_one, score, BFLOAT16, PRECISION, NATIVE_BFLOAT16)
     score = _dot(folded_two, rotated_two, score, BFLOAT16, PRECISION, NATIVE_BFLOAT16)
@@ -265,7 +311,7 @@ def _load_scores(scores_ptr, row, row_mask, tokens_padded, first, begin, own, wi
     return score, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def sums_kernel(
     scores_ptr,
     latent_ptr,
@@ -318,12 +364,15 @@ def sums_kernel(
     own = end - q_len + m % q_len
     row = bg * group_rows + m
     t = tl.arange(0, BLOCK_T)
-    most = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    # Loops carry a number an element and reduce it at their end: a reduction that a loop carries,
+    # used in two places after it, does not compile in Triton 3.6.
+    most = tl.full((BLOCK_M, BLOCK_T), float("-inf"), dtype=tl.float32)
     for at in range(0, SPLIT, BLOCK_T):
         score, _ = _load_scores(
             scores_ptr, row, m_mask, tokens_padded, first + at, begin, own, window, t
         )
-        most = tl.maximum(most, tl.max(score, axis=1))
+        most = tl.maximum(most, score)
+    most = tl.max(most, axis=1)
     # Finite, so that a query which sees nothing here has exp(-inf) = 0 and no NaN.
     base = tl.where(most == float("-inf"), 0.0, most)
 
@@ -341,7 +390,7 @@ def sums_kernel(
     )
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     acc_high = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_T), dtype=tl.float32)
     for at in range(0, SPLIT, BLOCK_T):
         token = first + at + t
         token_mask = token < last
@@ -349,7 +398,7 @@ def sums_kernel(
             scores_ptr, row, m_mask, tokens_padded, first + at, begin, own, window, t
         )
         weight = tl.exp2((score - base[:, None]) * _LOG2_E)
-        total += tl.sum(weight, axis=1)
+        total += weight
         token_scale = tl.load(scales + token, mask=token_mask, other=0.0)
         # Chosen, not multiplied by 0: the scale of what isn't seen may be NaN.
         weight = tl.where(seen, weight * token_scale[None, :], 0.0)
@@ -374,10 +423,10 @@ def sums_kernel(
         tl.store(out + width, acc_high, mask=mask)
     if (tl.program_id(2) == 0) & (column == 0):
         tl.store(most_ptr + out_row, most, mask=m_mask)
-        tl.store(total_ptr + out_row, total, mask=m_mask)
+        tl.store(total_ptr + out_row, _sum_of_columns(total), mask=m_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def combine_kernel(
     sums_ptr,
     most_ptr,
@@ -426,7 +475,7 @@ def combine_kernel(
     base = tl.where(most == float("-inf"), 0.0, most)
     n = tl.arange(0, SIZE)
     r = tl.arange(0, BLOCK_R)
-    y = tl.zeros((SIZE,), dtype=tl.float32)
+    products = tl.zeros((SIZE, BLOCK_R), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)
     for i in range(used):
         factor = tl.exp2((tl.load(most_ptr + at + i * group_rows) - base) * _LOG2_E)
@@ -443,8 +492,8 @@ def combine_kernel(
             mask=r_mask[None, :],
             other=0,
         )
-        y += tl.sum(a.to(tl.float32) * acc[None, :], axis=1)
-    y = y * tl.load(a_scale_ptr + head * SIZE + n)
+        products += a.to(tl.float32) * acc[None, :]
+    y = tl.sum(products, axis=1) * tl.load(a_scale_ptr + head * SIZE + n)
     # NaN is not 0: it passes through the division.
     y = tl.where(total == 0.0, 0.0, y / tl.where(total == 0.0, 1.0, total))
     heads = kv_heads * repeats

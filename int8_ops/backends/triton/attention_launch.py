@@ -18,7 +18,8 @@ from .launch import INTERPRETED, _on
 # Tokens of a split: what one program sums, and the unit that the combination folds.
 SPLIT = 512
 BLOCK_T = 64
-MAX_BLOCK_M = 64
+# From 64 rows on products would be other instructions': see Note [A row alone].
+MAX_BLOCK_M = 32
 MAX_BLOCK_R = 128
 NUM_WARPS = 4
 
@@ -62,17 +63,23 @@ def decode(
     sums = buffer(batch * groups, splits, group_rows, columns)
     most, total = buffer(batch * groups, splits, group_rows), buffer(*sums.shape[:3])
     parts = buffer(*out.shape) if len(v.q) > 1 else out
-    # A product of 16-bit floats in bf16 is as exact as bf16 keys are; tf32 has fp16's mantissa.
+    # What that rounds: see _dot().
     precision = {torch.float16: "tf32"}.get(q.dtype, "ieee")
     numbers = {"BFLOAT16": q.dtype == torch.bfloat16, "PRECISION": precision}
-    common = {"NATIVE_BFLOAT16": not INTERPRETED, "num_warps": NUM_WARPS}
+    common = {
+        "NATIVE_BFLOAT16": not INTERPRETED,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+    }
     q = _laid_out(q)
     start, length = start.contiguous(), length.contiguous()
     origin = None if origin is None else origin.contiguous()
     inv_freq = inv_freq.contiguous()
 
     with _on(q.device):
-        kernels.offsets_kernel[(size // 2,)](inv_freq, cos, sin, BLOCK_T=BLOCK_T, HALF=size // 2)
+        kernels.offsets_kernel[(size // 2,)](
+            inv_freq, cos, sin, BLOCK_T=BLOCK_T, HALF=size // 2, enable_fp_fusion=False
+        )
         block_m = _block(rows, 16, MAX_BLOCK_M)
         for i, (latent, scale, a, a_scale) in enumerate(k.slices()):
             latent, scale = _laid_out(latent), _laid_out(scale)
