@@ -190,7 +190,7 @@ def assert_same_bits(family, flow, head_dim, device):
     multiple = head_dim // 2
     config = LatentConfig(kv_ratio=0.6, rank_multiple=multiple)
     if flow == "seed":
-        config = LatentConfig(kv_ratio=0.9, bits=16, rank_multiple=multiple, flow="seed")
+        config = LatentConfig(kv_ratio=1.0, bits=16, rank_multiple=multiple, flow="seed")
     model = make_converted(family, config, head_dim=head_dim).to(device, torch.bfloat16)
     if flow == "eager":
         model.set_attn_implementation("eager")
