@@ -14,10 +14,11 @@ namespace int8_ops::cuda::attention {
 __global__ void __launch_bounds__(kFoldThreads)
     fold_and_project_kernel(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(16) float folded[];  // [kProjectRows][columns]
+  const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
+  prefetch_a<kFoldWarps>(args, tile);
   ptx::grid_dependency_wait();
   const LatentAttentionParams& p = args.p;
   const Partials& partials = args.partials;
-  const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
   const DecodeRow tokens = decode_row(p, tile.batch);
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;

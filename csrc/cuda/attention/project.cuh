@@ -5,6 +5,7 @@
 
 #include "../epilogue/convert.cuh"
 #include "../ptx/grid_dependency.cuh"
+#include "../ptx/tma.cuh"
 #include "combine_args.cuh"
 
 namespace int8_ops::cuda::attention {
@@ -162,6 +163,26 @@ __device__ __forceinline__ void project_rows(const CombineArgs& args, const RowT
   store_float(p.out, p.q_dtype, at, seen.x < seen.y ? y : 0.0F);
 }
 
+// The rows of A that a block applies, to L2: they are not made by a kernel before this one's, so
+// that they can be on their way while it is waited for.
+template <int32_t kWarpsOfBlock>
+__device__ __forceinline__ void prefetch_a(const CombineArgs& args, const RowTile& tile) {
+  constexpr int32_t kLineBytes = 128;
+  const int32_t element = tile.part * kWarpsOfBlock * kProjectElements;
+  const int32_t elements =
+      min(kWarpsOfBlock * kProjectElements, static_cast<int32_t>(args.p.head_dim) - element);
+  const int64_t row = static_cast<int64_t>(tile.head) * args.p.head_dim + element;
+  for (int32_t n = 0; n < args.p.v.count; ++n) {
+    const LatentSlice& s = args.p.v.slices[n];
+    const auto bytes = static_cast<int32_t>(elements * s.rank);
+    for (int32_t i = static_cast<int32_t>(threadIdx.x) * kLineBytes; i < bytes;
+         i += kWarpsOfBlock * 32 * kLineBytes) {
+      ptx::prefetch_l2(s.a + row * s.rank + i);
+    }
+    if (threadIdx.x == 0) ptx::prefetch_l2(s.a_scale + row);
+  }
+}
+
 // A block's part of the head: its warps take turns.
 template <int32_t kWarpsOfBlock>
 __device__ __forceinline__ void project_part(const CombineArgs& args, const RowTile& tile,
@@ -176,8 +197,9 @@ __device__ __forceinline__ void project_part(const CombineArgs& args, const RowT
 
 __global__ void __launch_bounds__(kProjectThreads)
     project_kernel(const __grid_constant__ CombineArgs args) {
-  ptx::grid_dependency_wait();
   const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
+  prefetch_a<kProjectThreads / 32>(args, tile);
+  ptx::grid_dependency_wait();
   const DecodeRow tokens = decode_row(args.p, tile.batch);
   const float* means[kProjectRows];
 #pragma unroll

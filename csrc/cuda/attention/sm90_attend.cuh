@@ -3,9 +3,9 @@
 //   A of some heads --copy engine, once--> shared memory ------------------\
 //   latents of keys --copy engine--> boxes --ldmatrix--> registers --wgmma--> keys
 //   queries --turned back by a tile's position--> shared memory --\           |
-//                                                  scores <--mma.sync-- keys, turned
+//                                                  scores <--wgmma-- keys, turned
 //   scores --exponentials, token scales--> weights, float16 --\
-//   latents of values --copy engine--> boxes ------------------mma.sync--> sums --> global
+//   latents of values --copy engine--> boxes ------------------wgmma--> sums --> global
 //
 // Five warpgroups: two make scores (sm90_scores.cuh), each of its own half of a tile of tokens, so
 // that the tensor cores have one's products while the other's are turned; one turns the queries
@@ -26,8 +26,8 @@ namespace int8_ops::cuda::attention {
 // Registers of a thread: 96 at entry, which is what there is to share out; two warpgroups make
 // scores.
 inline constexpr uint32_t kFeedRegisters = 32;
-inline constexpr uint32_t kScoreRegisters = 152;
-inline constexpr uint32_t kWeightRegisters = 80;
+inline constexpr uint32_t kScoreRegisters = 144;
+inline constexpr uint32_t kWeightRegisters = 96;
 inline constexpr uint32_t kSumRegisters = 64;
 static_assert(kFeedRegisters + 2 * kScoreRegisters + kWeightRegisters + kSumRegisters <= 5 * 96);
 
@@ -87,14 +87,15 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     weights.run();
   } else if (warpgroup == 3) {
     ptx::set_max_registers_dec<kSumRegisters>();
-    SumMaker<kQuads> sums{
-        block, args, Block::ring(barriers.v), Block::ring(barriers.weights), {}, {}, warp, lane};
+    SumMaker<kQuads> sums{block, args, Block::ring(barriers.v), Block::ring(barriers.weights),
+                          {},    {}};
     sums.run();
     ptx::grid_dependency_trigger();
   } else {
     if (warp == 3) block.choose_work();
     ptx::set_max_registers_dec<kFeedRegisters>();
     const Feed feed{block, args};
+    feed.prefetch_maps(warp);
     if (warp == 0) feed.load_keys(0);
     if (warp == 1) feed.load_keys(1);
     if (warp == 2) feed.template load_values<kSize>();

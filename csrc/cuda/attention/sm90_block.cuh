@@ -142,9 +142,11 @@ struct Block {
     work.lanes = chosen.lanes;
     work.first_lane = block / chosen.sharing;
     work.lane_step = max(1, static_cast<int32_t>(gridDim.x) / chosen.sharing);
-    const int64_t part = block % chosen.sharing;
-    work.first = static_cast<int32_t>(splits * part / chosen.sharing);
-    work.last = static_cast<int32_t>(splits * (part + 1) / chosen.sharing);
+    const int32_t part = block % chosen.sharing;
+    const int32_t each = splits / chosen.sharing;
+    const int32_t rest = splits % chosen.sharing;  // parts with one more
+    work.first = each * part + min(part, rest);
+    work.last = work.first + each + static_cast<int32_t>(part < rest);
   }
 
   // The split that `walk` is at, for a lane.

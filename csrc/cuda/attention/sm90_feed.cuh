@@ -11,7 +11,20 @@ struct Feed {
   const Block& block;
   const AttendArgs& args;
 
+  static constexpr int32_t kLineFloats = 128 / sizeof(float);
+
   __device__ __forceinline__ bool elected() const { return threadIdx.x % 32 == 0; }
+
+  // The copy engine's descriptions of what a warp asks for, while it waits for the first task.
+  __device__ __forceinline__ void prefetch_maps(int warp) const {
+    if (!elected()) return;
+    for (int32_t slice = 0; slice < args.p.k.count && warp < 2; ++slice) {
+      ptx::prefetch_tensormap(warp == 0 ? &args.k_maps[slice] : &args.a_maps[slice]);
+    }
+    for (int32_t slice = 0; slice < args.p.v.count && warp == 2; ++slice) {
+      ptx::prefetch_tensormap(&args.v_maps[slice]);
+    }
+  }
 
   __device__ __forceinline__ void load_box(const RingBarriers& ring, RingPlace& at, uint32_t slots,
                                            uint32_t boxes, const CUtensorMap* map, int32_t column,
@@ -54,6 +67,8 @@ struct Feed {
     uint32_t to = block.at(0);
     for (int32_t head = 0; head < task.heads; ++head) {
       const uint32_t barrier = full + head * 8;
+      // One head at a time: what others ask of memory is not to wait for all of A.
+      if (head > 0) ptx::mbarrier_wait_parity(barrier - 8, task.lane_parity);
       ptx::mbarrier_arrive_expect_tx(barrier, kSteps * args.plan.chunks * kBoxBytes);
       for (int step = 0; step < kSteps; ++step) {
         const int32_t row =
@@ -77,11 +92,16 @@ struct Feed {
     for (int32_t head = task.heads; head < kMaxQuads; ++head) ptx::mbarrier_arrive(full + head * 8);
   }
 
-  // Of a task, to L2: the ring has room for a few boxes, and memory is farther away than their
-  // turn.
+  // Of a task, with their scales, to L2: the ring has room for a few boxes, and memory is farther
+  // away than their turn.
   __device__ __forceinline__ void prefetch_values(const Task& task) const {
     for (int32_t slice = 0; slice < args.p.v.count; ++slice) {
       const LatentSlice& s = args.p.v.slices[slice];
+      const float* const scales = s.scale + task.b * s.scale_batch_stride +
+                                  task.group * s.scale_group_stride + task.first_token;
+      for (int32_t token = 0; token < task.tokens; token += kLineFloats) {
+        ptx::prefetch_l2(scales + token);
+      }
       for (int32_t column = 0; column < width_of(s); column += kBoxWidth) {
         for (int32_t token = 0; token < task.tokens; token += kBoxTokens) {
           ptx::tma_prefetch_4d(&args.v_maps[slice], column, task.first_token + token, task.group,
@@ -102,8 +122,8 @@ struct Feed {
       __syncwarp();
       if (elected()) prefetch_values(task);
       for (int32_t slice = 0; slice < args.p.v.count; ++slice) {
-        const int32_t width = width_of(args.p.v.slices[slice]);
-        for (int32_t column = 0; column < width; column += kBoxWidth) {
+        const LatentSlice& s = args.p.v.slices[slice];
+        for (int32_t column = 0; column < width_of(s); column += value_columns(s.packed)) {
           for (int32_t token = 0; token < task.tokens; token += kBoxTokens) {
             load_box(ring, at, slots, block.at(args.plan.shared.v_ring), &args.v_maps[slice],
                      column, task.first_token + token, task);

@@ -141,6 +141,8 @@ void sm90_attend(const LatentAttentionParams& p, const Partials& partials,
   args.repeats = static_cast<int32_t>(p.heads / p.kv_heads);
   args.head_rows = args.repeats * static_cast<int32_t>(p.q_len);
   args.plan = plan_for(p, args.head_rows, device.shared_bytes_per_block);
+  args.by_quads = SmallDivisor::of(args.plan.quads);
+  args.by_q_len = SmallDivisor::of(static_cast<int32_t>(p.q_len));
   for (int32_t heads = 1; heads <= args.plan.heads; ++heads) {
     args.plan.choices[heads - 1] =
         lane_choice(p, args.plan, heads, partials.columns, device.sm_count);

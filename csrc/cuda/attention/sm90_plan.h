@@ -38,12 +38,13 @@ inline constexpr int32_t kKeyExponent = 8;
 inline constexpr float kKeyFactor = 1.0F / (1 << kKeyExponent);
 // int4 values are used in the upper half of a byte.
 inline constexpr float kPackedFactor = 1.0F / 16;
-// Of a quad's query fragments: sixteen bytes a lane for 16 RoPE pairs, and a step's two of those.
-inline constexpr int32_t kQueryPairBytes = 512;
-inline constexpr int32_t kQueryStepBytes = 2 * kQueryPairBytes;
+// Of a quad's turned queries, an operand of eight rows and a step's channels.
+inline constexpr int32_t kQueryStepBytes = 8 * kStepChannels * 2;
 inline constexpr int32_t kMaxRingSlots = 16;
 inline constexpr int32_t kBlockRows = 4 * kMaxQuads;
-inline constexpr int32_t kWeightBytes = kBlockRows * kSplitTokens * 2;  // of a slice of values
+// Weights of a box's tokens, [rows][tokens] of float16; of a slice of values for a split's boxes.
+inline constexpr int32_t kBoxWeightBytes = kBlockRows * kBoxTokens * 2;
+inline constexpr int32_t kWeightBytes = kSplitTokens / kBoxTokens * kBoxWeightBytes;
 inline constexpr int32_t kAttendThreads = 640;
 
 // Where what lies in a block's shared memory: bytes from its start, where A is.
@@ -53,9 +54,9 @@ struct AttendShared {
   uint32_t k_ring = 0;   // [2][k_slots] boxes
   uint32_t v_ring = 0;   // [v_slots] boxes
   uint32_t scores = 0;   // float [2][rows][128]
-  uint32_t weights = 0;  // float16 [slices of values][16][256]
+  uint32_t weights = 0;  // float16 [slices of values][4 boxes][16][64], swizzled
   uint32_t scaled = 0;   // queries, float16 [slices of keys][16][head_dim], by fragments
-  uint32_t queries = 0;  // turned, [2][quads][steps][2][32 lanes] of 16 bytes
+  uint32_t queries = 0;  // turned, [2][heads][quads][steps] operands, swizzled
   uint32_t head = 0;     // barriers and scratch
   uint32_t bytes = 0;
 };
@@ -67,6 +68,17 @@ struct LaneChoice {
   int32_t turns = 0;    // that a block takes lanes, where there are more of them than blocks
   int32_t first = 0;    // cycles until a first split is done
   int32_t next = 0;     // and from one to the next
+};
+
+// Quotients of small numbers: exact where a dividend times the divisor stays below 2^16. A division
+// would be dozens of instructions, to be fetched before the first task can begin.
+struct SmallDivisor {
+  int32_t divisor = 1;
+  int32_t factor = 1 << 16;
+
+  static SmallDivisor of(int32_t divisor) { return {divisor, (1 << 16) / divisor + 1}; }
+  INT8_OPS_HOST_DEVICE int32_t quotient(int32_t x) const { return x * factor >> 16; }
+  INT8_OPS_HOST_DEVICE int32_t remainder(int32_t x) const { return x - quotient(x) * divisor; }
 };
 
 struct AttendPlan {
@@ -85,6 +97,8 @@ struct AttendArgs {
   AttendPlan plan;
   int32_t group_heads = 0;
   int32_t repeats = 0;
+  SmallDivisor by_quads;
+  SmallDivisor by_q_len;
   int32_t head_rows = 0;              // query rows a KV head: repeats * q_len
   int32_t k_chunks[kMaxSlices] = {};  // of A: of 128 values
   CUtensorMap k_maps[kMaxSlices];
@@ -95,6 +109,11 @@ struct AttendArgs {
 // Chunks of 128 values of a slice; of a packed one the low halves' and the high ones' apart.
 constexpr int32_t chunks_of(const LatentSlice& s) {
   return (width_of(s) + kBoxWidth - 1) / kBoxWidth * (s.packed ? 2 : 1);
+}
+
+// Of a value's latent, the bytes that are summed up at once: there are registers for 128 values.
+INT8_OPS_HOST_DEVICE constexpr int32_t value_columns(bool packed) {
+  return packed ? kBoxWidth / 2 : kBoxWidth;
 }
 
 // Empty where the path serves the problem, else why not. Asks for nothing that differs between

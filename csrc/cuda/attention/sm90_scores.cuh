@@ -8,12 +8,19 @@
 // every tile, so that cosines and sines stay in registers; what is left of the angle is in the
 // queries, of which there are two: turned back by the tile's first position, for the first token,
 // and by eight more, for the second (sm90_weights.cuh makes them). Rounded to float16 the keys are
-// a fragment of mma.sync's first operand, and four query rows of both kinds are its eight columns.
+// the first operand of another product, in registers as they are, and four query rows of both kinds
+// are its eight columns.
+//
+// Note [One product at a time]
+// A warpgroup waits for its product, turns the keys, and starts their scores' product and the next
+// step's together; the other warpgroup's product is under way while it turns. Sums of the scores
+// are moved out of their registers before a new product may write there: the compiler makes every
+// product wait for the last one where it cannot tell sums that are read from sums under way.
 #pragma once
 
-#include "../ptx/mma_f16.cuh"
 #include "../ptx/mma_s8.cuh"
 #include "../ptx/opaque.cuh"
+#include "../ptx/wgmma_f16.cuh"
 #include "../ptx/wgmma_s8.cuh"
 #include "rope.cuh"
 #include "sm90_block.cuh"
@@ -27,12 +34,12 @@ struct ScoreMaker {
   using Sums = int32_t[kStepChannels / 2];
   using Latents = uint32_t[kChunks][4][4];  // of 128 values, of 32, a fragment
   using Turns = float2[4][2];               // of eight channels, of a thread's two
-  // Two steps at a time: both of a head, or one of each of two heads.
-  static constexpr int kHeads = 2 / kSteps;
-  using Scores = float[kHeads][kQuads][4];
-  // A second step's sums have registers beside so much of the latents and of scores; beyond, the
-  // other warpgroup alone keeps the tensor cores busy.
-  static constexpr bool kOverlaps = kChunks <= 2 && kQuads == 1;
+  using Keys = uint32_t[2][4];              // operands: first halves of sixteen pairs, second ones
+  using Scores = float[kQuads][4];
+  // A product is started as soon as the last one's keys are turned, beside their scores' products;
+  // with four chunks of latents there are no registers for both.
+  static constexpr bool kBeside = kChunks < kMaxChunks && kQuads == 1;
+  static constexpr int kParts = kBeside ? 2 : 1;
 
   const Block& block;
   const AttendArgs& args;
@@ -43,13 +50,12 @@ struct ScoreMaker {
   RingPlace k_at;
   PairPlace scores_at;
 
-  // Asked for anew where it is needed: registers are few.
+  // Asked for anew where registers are few, lest what is made of it is kept.
   static __device__ __forceinline__ int32_t own_thread() {
     auto thread = static_cast<int32_t>(threadIdx.x);
-    ptx::make_opaque(thread);
+    if constexpr (kChunks == kMaxChunks) ptx::make_opaque(thread);
     return thread;
   }
-  static __device__ __forceinline__ int32_t own_lane() { return own_thread() % 32; }
 
   // Known here where there is but one choice.
   __device__ __forceinline__ int32_t quads_of_head() const {
@@ -110,86 +116,104 @@ struct ScoreMaker {
     ptx::wgmma_commit_group();
   }
 
-  // Scores (+)= the step's channels of the keys, turned, times the queries of every quad.
-  static __device__ __forceinline__ void add_scores(const Sums& sums, const Turns& turns,
-                                                    const uint8_t* queries, uint32_t quad_bytes,
-                                                    int32_t quads, float (&scores)[kQuads][4]) {
+  // Sixteen of a step's pairs, turned: their first halves, and their second ones.
+  static __device__ __forceinline__ void turn(const Sums& sums, const Turns& turns, int part,
+                                              Keys& keys) {
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t first[4];
-      uint32_t second[4];
+    for (int i = 0; i < 2; ++i) {
+      const int j = part * 2 + i;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int j = pair * 2 + i;
+      for (int half = 0; half < 2; ++half) {
+        float x[2];
+        float y[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float x[2];
-          float y[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const auto one = static_cast<float>(sums[4 * j + 2 * half + e]);
-            const auto two = static_cast<float>(sums[4 * (j + 4) + 2 * half + e]);
-            x[e] = one * turns[j][e].x - two * turns[j][e].y;
-            y[e] = two * turns[j][e].x + one * turns[j][e].y;
-          }
-          first[2 * i + half] = pack_half2(x[0], x[1]);
-          second[2 * i + half] = pack_half2(y[0], y[1]);
+        for (int e = 0; e < 2; ++e) {
+          const auto one = static_cast<float>(sums[4 * j + 2 * half + e]);
+          const auto two = static_cast<float>(sums[4 * (j + 4) + 2 * half + e]);
+          x[e] = one * turns[j][e].x - two * turns[j][e].y;
+          y[e] = two * turns[j][e].x + one * turns[j][e].y;
         }
+        keys[0][i * 2 + half] = pack_half2(x[0], x[1]);
+        keys[1][i * 2 + half] = pack_half2(y[0], y[1]);
       }
+    }
+  }
+
+  // Starts scores += a part's keys times the queries of every quad; a branch would make it wait, so
+  // those past the last one repeat it.
+  __device__ __forceinline__ void add_scores(const Keys& keys, uint64_t queries, int part,
+                                             Scores& scores) const {
 #pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        if (quad >= quads) break;
-        const auto b =
-            *reinterpret_cast<const uint4*>(queries + quad * quad_bytes + pair * kQueryPairBytes);
-        ptx::mma_m16n8k16_f16(scores[quad], first, b.x, b.y);
-        ptx::mma_m16n8k16_f16(scores[quad], second, b.z, b.w);
+    for (int quad = 0; quad < kQuads; ++quad) {
+      ptx::wgmma_fence();
+      const uint64_t own =
+          queries + min(quad, quads_of_head() - 1) * (kSteps * kQueryStepBytes >> 4) + part * 2;
+      ptx::wgmma_f16(scores[quad], keys[0], own);
+      ptx::wgmma_f16(scores[quad], keys[1], own + 4);
+    }
+  }
+
+  // Turns a step's sums and starts their scores. Without registers for all keys, one part after the
+  // other.
+  __device__ __forceinline__ void score_step(const Sums& sums, const Turns& turns, uint64_t queries,
+                                             Keys (&keys)[kParts], Scores& scores) const {
+    if constexpr (kBeside) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) turn(sums, turns, part, keys[part]);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) add_scores(keys[part], queries, part, scores);
+      ptx::wgmma_commit_group();
+    } else {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        turn(sums, turns, part, keys[0]);
+        add_scores(keys[0], queries, part, scores);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<0>();
       }
     }
   }
 
-  // Step 0 or 1 of two, of the heads whose queries are given.
-  template <int kStep>
-  __device__ __forceinline__ void add_step(const Sums& sums, const Turns (&turns)[kSteps],
-                                           const uint8_t* queries, Scores& scores) const {
-    const int32_t quads = quads_of_head();
-    constexpr uint32_t kQuadBytes = kSteps * kQueryStepBytes;
-    if constexpr (kSteps == 2) {
-      add_scores(sums, turns[kStep], queries + kStep * kQueryStepBytes, kQuadBytes, quads,
-                 scores[0]);
-    } else {
-      add_scores(sums, turns[0], queries + kStep * quads * kQuadBytes, kQuadBytes, quads,
-                 scores[kStep]);
-    }
-  }
-
-  // What these are made of was read, says this to the compiler, and may be overwritten.
   static __device__ __forceinline__ void settle(Scores& scores) {
 #pragma unroll
-    for (auto& head : scores) {
+    for (int quad = 0; quad < kQuads; ++quad) ptx::touch(scores[quad]);
+  }
+  static __device__ __forceinline__ void clear(Scores& scores) {
 #pragma unroll
-      for (auto& quad : head) ptx::touch(quad);
+    for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[quad][i] = 0.0F;
+    }
+    settle(scores);
+  }
+  static __device__ __forceinline__ void copy(const Scores& from, Scores& to) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::move(to[quad][i], from[quad][i]);
     }
   }
 
-  // Where this thread's fragments of a head's turned queries are.
-  __device__ __forceinline__ const uint8_t* queries_of(const PairPlace& at, int32_t head) const {
-    return block.storage + args.plan.shared.queries +
-           (static_cast<int32_t>(at.stage()) * args.plan.heads + head) * quads_of_head() *
-               (kSteps * kQueryStepBytes) +
-           own_lane() * 16;
+  // Where a head's turned queries are.
+  __device__ __forceinline__ uint64_t queries_of(const PairPlace& at, int32_t head) const {
+    return ptx::wgmma_descriptor(block.at(args.plan.shared.queries) +
+                                 (static_cast<int32_t>(at.stage()) * args.plan.heads + head) *
+                                     quads_of_head() * (kSteps * kQueryStepBytes));
   }
 
   // The first token's scores of a quad are in columns 0..3, the second one's in 4..7. `out` is
   // where this thread's first two rows of the head are.
-  __device__ __forceinline__ void store_scores(const float (&scores)[kQuads][4], bool add,
-                                               float token_scale, float* out) const {
+  __device__ __forceinline__ void store_scores(const Scores& scores, bool add, float token_scale,
+                                               float* out) const {
     const bool second = threadIdx.x % 4 >= 2;
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      if (quad >= quads_of_head()) break;
+      if (quad >= quads_of_head()) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float y = (second ? scores[quad][2 + e] : scores[quad][e]) * token_scale;
+        const float one = scores[quad][e];
+        const float two = scores[quad][2 + e];
+        const float y = (second ? two : one) * token_scale;
         float& to = out[(quad * 4 + e) * kTileTokens];
         // Loaded either way: a branch would make products under way wait.
         const float before = to;
@@ -235,7 +259,6 @@ struct ScoreMaker {
       }
     }
     Barriers& barriers = block.barriers();
-    const int32_t quads = quads_of_head();
     const uint32_t a_full = ptx::shared_address(barriers.a_full);
     block.for_each_task([&](const Task& task) {
       const int32_t tiles = task.tiles();
@@ -257,80 +280,53 @@ struct ScoreMaker {
             return a + static_cast<uint32_t>(head * kSteps + step) * step_units;
           };
           const auto wait_for_a = [&](int32_t head) {
-#pragma unroll
-            for (int i = 0; i < kHeads; ++i) {
-              if (kHeads == 1 || head + i < heads) {
-                ptx::mbarrier_wait_parity(a_full + (head + i) * 8, task.lane_parity);
-              }
-            }
+            ptx::mbarrier_wait_parity(a_full + head * 8, task.lane_parity);
           };
-          const auto finish = [&](int32_t head, const auto& acc) {
-            // The address is made here, where the first step's sums leave room.
-            float* const out = scores_of(head);
-#pragma unroll
-            for (int i = 0; i < kHeads; ++i) {
-              if (kHeads == 1 || head + i < heads) {
-                store_scores(acc[i], slice > 0, token_scale, out + i * quads * 4 * kTileTokens);
-              }
-            }
+          const auto finish = [&](int32_t head, const Scores& acc) {
+            store_scores(acc, slice > 0, token_scale, scores_of(head));
           };
           wait_for_a(0);
-          if constexpr (kOverlaps) {
-            // A step's product is under way while the keys of the one before are turned. In a loop
-            // the compiler would let each wait for the other, so there is code for every count.
-            const auto all = [&]<int kCount>() {
-              Sums even;
-              Sums odd;
-              multiply(even, latents, descriptor(0, 0));
-              queries.wait_full(queries_at);
-              if (slice == 0) scores.wait_empty(scores_at);
+          Sums sums;
+          Keys keys[kParts];
+          Scores acc;
+          clear(acc);
+          multiply(sums, latents, descriptor(0, 0));
+          queries.wait_full(queries_at);
+          if (slice == 0) scores.wait_empty(scores_at);
+          const auto one_head = [&]<bool kLast>(int32_t head) {
+            Scores before;
 #pragma unroll
-              for (int i = 0; i < kCount; ++i) {
-                const int head = i * kHeads;
-                const bool more = i + 1 < kCount;
-                Scores acc = {};
-                multiply(odd, latents, descriptor(head, 1));
-                if (more) wait_for_a(head + kHeads);
-                ptx::wgmma_wait_group<1>();
-                ptx::wgmma_touch(even);
-                add_step<0>(even, turns, queries_of(queries_at, head), acc);
-                settle(acc);
-                if (more) {
-                  multiply(even, latents, descriptor(head + kHeads, 0));
-                  ptx::wgmma_wait_group<1>();
-                } else {
-                  ptx::wgmma_wait_group<0>();
+            for (int step = 0; step < kSteps; ++step) {
+              ptx::wgmma_wait_group<0>();
+              ptx::wgmma_touch(sums);
+              settle(acc);
+              if (step == 0) {
+                if (kBeside) {
+                  copy(acc, before);
+                } else if (head > 0) {
+                  finish(head - 1, acc);
                 }
-                ptx::wgmma_touch(odd);
-                add_step<1>(odd, turns, queries_of(queries_at, head), acc);
-                settle(acc);
-                finish(head, acc);
+                clear(acc);
               }
-            };
-            const int32_t count = (heads + kHeads - 1) / kHeads;
-            if (count == 1) all.template operator()<1>();
-            if (count == 2) all.template operator()<2>();
-            if (kHeads == 1 && count == 3) all.template operator()<kHeads == 1 ? 3 : 1>();
-            if (kHeads == 1 && count == 4) all.template operator()<kHeads == 1 ? 4 : 1>();
-          } else {
-            queries.wait_full(queries_at);
-            if (slice == 0) scores.wait_empty(scores_at);
-#pragma unroll 1
-            for (int32_t head = 0; head < heads; head += kHeads) {
-              if (head > 0) wait_for_a(head);
-              Scores acc = {};
-              Sums sums;
-              multiply(sums, latents, descriptor(head, 0));
-              ptx::wgmma_wait_group<0>();
-              ptx::wgmma_touch(sums);
-              add_step<0>(sums, turns, queries_of(queries_at, head), acc);
-              multiply(sums, latents, descriptor(head, 1));
-              ptx::wgmma_wait_group<0>();
-              ptx::wgmma_touch(sums);
-              add_step<1>(sums, turns, queries_of(queries_at, head), acc);
-              finish(head, acc);
+              const bool more = !kLast || step + 1 < kSteps;
+              if (!kLast && step + 1 == kSteps) wait_for_a(head + 1);
+              score_step(sums, turns[step],
+                         queries_of(queries_at, head) + step * (kQueryStepBytes >> 4), keys, acc);
+              if (more) {
+                multiply(sums, latents,
+                         step + 1 < kSteps ? descriptor(head, step + 1) : descriptor(head + 1, 0));
+              }
+              if (kBeside && step == 0 && head > 0) finish(head - 1, before);
             }
+          };
+#pragma unroll 1
+          for (int32_t head = 0; head + 1 < heads; ++head) {
+            one_head.template operator()<false>(head);
           }
+          one_head.template operator()<true>(heads - 1);
+          ptx::wgmma_wait_group<0>();
+          settle(acc);
+          finish(heads - 1, acc);
           ptx::mbarrier_arrive(queries.empty_at(queries_at));
           first_chunk += args.k_chunks[slice];
         }

@@ -1,14 +1,18 @@
 // The warpgroup that sums up the values' latents of a split, by its weights.
 //
 // Note [Latents as float16]
-// The product's second operand is an int8 latent as float16, exact, by transposed ldmatrix: a
-// 16-bit element of it is two neighbouring columns of one token, and of two tokens' elements
-// byte_perm makes a pair of each column, its upper bytes those of 1024: the byte is 1024's last
-// bits, and a subtraction leaves the value.
+// The product's first operand is an int8 latent as float16, exact, transposed: its rows are columns
+// of the latents, its columns are tokens. Transposed ldmatrix brings 16-bit elements, two
+// neighbouring columns of one token; of two tokens' elements byte_perm makes a pair of each column,
+// its upper bytes those of 1024: the byte is 1024's last bits, and a subtraction leaves the value.
+// Row g of a warp's sixteen is column 2 g, and row g + 8 column 2 g + 1. The query rows' weights
+// are the second operand, in shared memory.
 #pragma once
 
-#include "../ptx/mma_f16.cuh"
-#include "../ptx/mma_s8.cuh"
+#include "../ptx/ldmatrix_trans.cuh"
+#include "../ptx/opaque.cuh"
+#include "../ptx/wgmma_f16.cuh"
+#include "../ptx/wgmma_s8.cuh"
 #include "sm90_block.cuh"
 
 namespace int8_ops::cuda::attention {
@@ -22,115 +26,107 @@ struct SumMaker {
   RingBarriers weights;
   RingPlace v_at;
   uint32_t weights_parity;
-  int warp;
-  int lane;
+
+  // Of 64 columns each: a box's two halves, or the low and the high values of packed bytes.
+  using Sums = float[2][8];
+  static constexpr int kBoxSteps = kBoxTokens / 16;
+  // A step's two products' first operands.
+  using Operands = uint32_t[2][4];
 
   // The number in the group of a row of the block, or -1.
-  __device__ __forceinline__ int32_t group_row(const Task& task, int32_t quad,
-                                               int32_t in_quad) const {
-    const int32_t quads = kQuads == 1 ? 1 : args.plan.quads;
-    const int32_t row = task.first_row + quad % quads * 4 + in_quad;
-    if (quad >= task.heads * quads || row >= args.head_rows) return -1;
-    return (task.first_head + quad / quads) * args.head_rows + row;
+  __device__ __forceinline__ int32_t group_row(const Task& task, int32_t number) const {
+    const int32_t quad = number / 4;
+    const int32_t head = kQuads == 1 ? quad : args.by_quads.quotient(quad);
+    const int32_t row =
+        task.first_row + (kQuads == 1 ? 0 : args.by_quads.remainder(quad) * 4) + number % 4;
+    if (head >= task.heads || row >= args.head_rows) return -1;
+    return (task.first_head + head) * args.head_rows + row;
   }
 
-  using Sums = float[2][2][4];  // of sixteen columns, of even and odd ones
-
-  // Of sixteen tokens, a fragment of four words: see the note.
-  static __device__ __forceinline__ void add_columns(const uint32_t (&weights)[4],
-                                                     const uint32_t (&bytes)[4], Sums& sums) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t even[2];
-      uint32_t odd[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t biased = bytes[i * 2 + half] ^ 0x80808080u;
-        even[half] = minus_1152(__byte_perm(biased, 0x64646464u, 0x4240));
-        odd[half] = minus_1152(__byte_perm(biased, 0x64646464u, 0x4341));
-      }
-      ptx::mma_m16n8k16_f16(sums[i][0], weights, even[0], even[1]);
-      ptx::mma_m16n8k16_f16(sums[i][1], weights, odd[0], odd[1]);
-    }
-  }
   static __device__ __forceinline__ uint32_t minus_1152(uint32_t pair) {
     const __half2 y = __hsub2(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(1152.0F));
     return *reinterpret_cast<const uint32_t*>(&y);
   }
 
-  // Columns of a chunk of `width`, whose first one is the slice's column `offset`.
-  __device__ __forceinline__ void store_sums(const Task& task, const Sums& sums, int32_t slice,
-                                             int32_t chunk, int32_t width, int32_t offset) const {
-    const float* const row_factor = block.scratch().row_factor[slice];
-    const int32_t column = chunk + warp * 32 + lane % 4 * 4;
+  // Sixteen tokens, as transposed ldmatrix has them: see the note. Of packed bytes the first two
+  // words hold the same as the others, and give the low values.
+  static __device__ __forceinline__ void convert(const uint32_t (&bytes)[4], bool packed,
+                                                 Operands& a) {
+    const uint32_t mask = packed ? 0xf0f0f0f0u : ~0u;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t row = group_row(task, lane / 16 + half * 2, lane / 4 % 4);
-      if (row < 0) continue;
-      const float factor = row_factor[lane / 4 + half * 8];
-      const int64_t at = args.partials.index(task.b * args.p.groups + task.group, task.split, row) *
-                             args.partials.columns +
-                         args.partials.column_of[slice] + offset + column;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (column + i * 16 >= width) continue;
-        *reinterpret_cast<float4*>(args.partials.sums + at + i * 16) =
-            make_float4(sums[i][0][half * 2] * factor, sums[i][1][half * 2] * factor,
-                        sums[i][0][half * 2 + 1] * factor, sums[i][1][half * 2 + 1] * factor);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t upper = i < 2 && packed ? bytes[i] << 4 : bytes[i];
+      const uint32_t biased = (upper & mask) ^ 0x80808080u;
+      a[i / 2][i % 2 * 2] = minus_1152(__byte_perm(biased, 0x64646464u, 0x4240));
+      a[i / 2][i % 2 * 2 + 1] = minus_1152(__byte_perm(biased, 0x64646464u, 0x4341));
     }
   }
 
-  template <bool kPacked>
+  // Of the slice's bytes from `column` on, of which there are `width`; `apart` columns lie between
+  // the two parts.
+  __device__ __forceinline__ void store_sums(const Task& task, const Sums& sums, int32_t slice,
+                                             int32_t column, int32_t width, int32_t apart) const {
+    const float* const row_factor = block.scratch().row_factor[slice];
+    const auto thread = static_cast<int32_t>(threadIdx.x % kWarpgroup);
+    column += thread / 32 * 16 + thread % 32 / 4 * 2;
+    if (column >= width) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int32_t number = i / 2 * 8 + thread % 4 * 2 + i % 2;
+      const int32_t row = group_row(task, number);
+      if (row < 0) continue;
+      const float factor = row_factor[number];
+      float* const to = args.partials.sums + args.partials.column_of[slice] + column +
+                        args.partials.index(task.b * args.p.groups + task.group, task.split, row) *
+                            args.partials.columns;
+      const int e = i / 2 * 4 + i % 2;
+      *reinterpret_cast<float2*>(to) = make_float2(sums[0][e] * factor, sums[0][e + 2] * factor);
+      if (column + apart >= static_cast<int32_t>(args.p.v.slices[slice].rank)) continue;
+      *reinterpret_cast<float2*>(to + apart) =
+          make_float2(sums[1][e] * factor, sums[1][e + 2] * factor);
+    }
+  }
+
   __device__ __forceinline__ void sum_slice(const Task& task, int32_t slice) {
     const LatentSlice& s = args.p.v.slices[slice];
+    const bool packed = s.packed;
     const int32_t width = width_of(s);
     const int32_t boxes = (task.tokens + kBoxTokens - 1) / kBoxTokens;
-    const int matrix_row = lane % 16;
-    const uint32_t weights_row =
-        block.at(args.plan.shared.weights) + slice * kWeightBytes + matrix_row * kSplitTokens * 2;
-    // Matrix lane / 8: tokens 8 (lane / 8 % 2) .., sixteen columns lane / 16.
+    const auto thread = static_cast<int32_t>(threadIdx.x % kWarpgroup);
+    const int32_t lane = thread % 32;
+    const uint64_t weights_of_slice =
+        ptx::wgmma_descriptor(block.at(args.plan.shared.weights) + slice * kWeightBytes);
+    // Matrix lane / 8: tokens 8 (lane / 8 % 2) .., of both parts.
+    const int32_t matrix_row = lane % 16;
+    const int32_t matrix_column = thread / 32 + (packed ? 0 : lane / 16 * 4);
     const uint32_t bytes_row = block.at(args.plan.shared.v_ring) + matrix_row * kBoxWidth +
-                               (((warp * 2 + lane / 16) ^ (matrix_row % 8)) * 16);
+                               ((matrix_column ^ (matrix_row % 8)) * 16);
 #pragma unroll 1
-    for (int32_t chunk = 0; chunk < width; chunk += kBoxWidth) {
-      Sums low = {};
-      Sums high = {};
+    for (int32_t column = 0; column < width; column += value_columns(packed)) {
+      Sums sums = {};
+      Operands a[2];  // of the product under way and the next one
 #pragma unroll 1
       for (int32_t box = 0; box < boxes; ++box) {
         v_ring.wait_full(v_at);
-        // As many at once as there are registers for.
-        constexpr int kSteps = kPacked ? 2 : 4;
+        const uint64_t weights_of_box = weights_of_slice + box * (kBoxWeightBytes >> 4);
 #pragma unroll
-        for (int first = 0; first < kBoxTokens / 16; first += kSteps) {
-          uint32_t bytes[kSteps][4];
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-            ptx::ldmatrix_x4_trans(
-                bytes[step], bytes_row + v_at.stage * kBoxBytes + (first + step) * 16 * kBoxWidth);
-          }
-          if (first + kSteps == kBoxTokens / 16) ptx::mbarrier_arrive(v_ring.empty_at(v_at));
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-            uint32_t w[4];
-            const int token_chunk = (box * kBoxTokens + (first + step) * 16) / 8 + lane / 16;
-            ptx::ldmatrix_x4(w, weights_row + ((token_chunk ^ (matrix_row % 8)) * 16));
-            if constexpr (kPacked) {
-              uint32_t upper[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                upper[i] = bytes[step][i] & 0xf0f0f0f0u;
-                bytes[step][i] = (bytes[step][i] << 4) & 0xf0f0f0f0u;
-              }
-              add_columns(w, upper, high);
-            }
-            add_columns(w, bytes[step], low);
-          }
+        for (int step = 0; step < kBoxSteps; ++step) {
+          uint32_t bytes[4];
+          ptx::ldmatrix_x4_trans(bytes, bytes_row + v_at.stage * kBoxBytes + step * 16 * kBoxWidth);
+          if (step + 1 == kBoxSteps) ptx::mbarrier_arrive(v_ring.empty_at(v_at));
+          ptx::wgmma_wait_group<1>();
+          convert(bytes, packed, a[step % 2]);
+          ptx::wgmma_fence();
+          ptx::wgmma_f16(sums[0], a[step % 2][0], weights_of_box + step * 2);
+          ptx::wgmma_f16(sums[1], a[step % 2][1], weights_of_box + step * 2);
+          ptx::wgmma_commit_group();
         }
         v_at.next(args.plan.shared.v_slots);
       }
-      store_sums(task, low, slice, chunk, width, 0);
-      if constexpr (kPacked) store_sums(task, high, slice, chunk, width, width);
+      ptx::wgmma_wait_group<0>();
+      ptx::touch(sums[0]);
+      ptx::touch(sums[1]);
+      store_sums(task, sums, slice, column, width, packed ? width : kBoxWidth / 2);
     }
   }
 
@@ -139,11 +135,7 @@ struct SumMaker {
       ptx::mbarrier_wait_parity(weights.full, weights_parity);
 #pragma unroll 1
       for (int32_t slice = 0; slice < args.p.v.count; ++slice) {
-        if (args.p.v.slices[slice].packed) {
-          sum_slice<true>(task, slice);
-        } else {
-          sum_slice<false>(task, slice);
-        }
+        sum_slice(task, slice);
       }
       ptx::mbarrier_arrive(weights.empty);
       weights_parity ^= 1;

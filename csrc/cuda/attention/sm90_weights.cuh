@@ -4,6 +4,7 @@
 
 #include "../ptx/ex2_approx.cuh"
 #include "../ptx/load_global.cuh"
+#include "../ptx/tma.cuh"
 #include "rope.cuh"
 #include "sm90_block.cuh"
 
@@ -38,6 +39,16 @@ __device__ __forceinline__ float max_over_lanes(float x) {
   return x;
 }
 
+// Of several numbers, over all lanes.
+template <int kCount>
+__device__ __forceinline__ void max_over_warp(float (&x)[kCount]) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+    for (float& value : x) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+  }
+}
+
 template <int kSize>
 struct WeightMaker {
   static constexpr int kSteps = kSize / kStepChannels;
@@ -45,6 +56,7 @@ struct WeightMaker {
   static constexpr int kItems = kSteps * 2;  // of sixteen RoPE pairs: a warp turns one of a quad
   static constexpr int kWarpQuads = kItems;  // and so many quads of query rows
   static constexpr uint32_t kBarrier = 1;    // named
+  static constexpr int kAtOnce = 2;          // quads whose maxima and sums are made at once
   // A weight is an exponential times a token's scale over the largest one's power of two, times
   // this power: what float16 then loses of small ones is below 2^-36 of the largest.
   static constexpr int kWeightExponent = 12;
@@ -67,10 +79,10 @@ struct WeightMaker {
     return task.heads * args.plan.quads;
   }
   __device__ __forceinline__ int32_t first_row(const Task& task, int32_t quad) const {
-    return task.first_row + quad % args.plan.quads * 4;
+    return task.first_row + args.by_quads.remainder(quad) * 4;
   }
   __device__ __forceinline__ int32_t head_of(const Task& task, int32_t quad) const {
-    return task.first_head + quad / args.plan.quads;
+    return task.first_head + args.by_quads.quotient(quad);
   }
 
   // ---- queries
@@ -95,12 +107,11 @@ struct WeightMaker {
   __device__ __forceinline__ const uint16_t* row_queries(const Task& task, int32_t quad) const {
     const int32_t row = first_row(task, quad) + row_in_quad();
     if (quad >= quads_of(task) || row >= args.head_rows) return nullptr;
-    const auto q_len = static_cast<int32_t>(args.p.q_len);
     const int64_t head =
         (static_cast<int64_t>(task.group) * args.group_heads + head_of(task, quad)) * args.repeats +
-        row / q_len;
+        args.by_q_len.quotient(row);
     return static_cast<const uint16_t*>(args.p.q) + task.b * args.p.q_batch_stride +
-           head * args.p.q_head_stride + row % q_len * args.p.q_token_stride;
+           head * args.p.q_head_stride + args.by_q_len.remainder(row) * args.p.q_token_stride;
   }
   __device__ __forceinline__ const float* key_scales(const Task& task, int32_t quad,
                                                      const LatentSlice& s) const {
@@ -111,6 +122,33 @@ struct WeightMaker {
   __device__ __forceinline__ uint4* scaled_queries(int32_t slice, int32_t quad) const {
     auto* const all = reinterpret_cast<uint4*>(block.storage + args.plan.shared.scaled);
     return all + ((slice * kMaxQuads + quad) * kItems + warp % kItems) * 16 + lane % 16;
+  }
+
+  // What the first task will ask for, to L2, before it is known and the latents queue up for
+  // memory: the queries of few rows, and the scales of A. By some blocks for all.
+  __device__ __forceinline__ void prefetch_queries() const {
+    constexpr int32_t kLineBytes = 128;
+    constexpr int64_t kMostRows = 512;
+    const LatentAttentionParams& p = args.p;
+    if (blockIdx.x % 8 != 0) return;
+    const int32_t thread = threadIdx.x % kWarpgroup;
+    for (int32_t slice = 0; slice < p.k.count; ++slice) {
+      const auto lines = static_cast<int32_t>(p.kv_heads * kSize * sizeof(float) / kLineBytes);
+      for (int32_t i = thread; i < lines; i += kWarpgroup) {
+        ptx::prefetch_l2(p.k.slices[slice].a_scale + i * (kLineBytes / sizeof(float)));
+      }
+    }
+    const int64_t rows = p.batch * p.heads * p.q_len;
+    if (rows > kMostRows) return;
+    const auto q_len = static_cast<int32_t>(p.q_len);
+    const auto heads = static_cast<int32_t>(p.heads);
+    for (int32_t i = thread; i < static_cast<int32_t>(rows); i += kWarpgroup) {
+      const auto* const row = static_cast<const uint16_t*>(p.q) + i % q_len * p.q_token_stride +
+                              i / q_len % heads * p.q_head_stride +
+                              i / q_len / heads * p.q_batch_stride;
+      ptx::prefetch_l2(row);
+      if (kSize * 2 > kLineBytes) ptx::prefetch_l2(row + kSize / 2);
+    }
   }
 
   // Queries of a row of the batch, times the keys' scales of A, in float16 to shared memory: both
@@ -190,7 +228,7 @@ struct WeightMaker {
       const bool there = thread < quads_of(task) * 4 && row < args.head_rows;
       // The last lane's may be in use still.
       scratch.rows[task.lane_parity][thread] = {
-          row % static_cast<int32_t>(args.p.q_len),
+          args.by_q_len.remainder(row),
           there ? head_of(task, thread / 4) * args.head_rows + row : -1};
     }
     sync();
@@ -246,10 +284,13 @@ struct WeightMaker {
     for (int i = 0; i < 2; ++i) {
       turn_of[i] = *reinterpret_cast<const float4*>(&turn[lane / 16 * kPairs + pair_of(i)]);
     }
+    // Of an operand's eight rows, 64 channels in each: the first halves of 32 pairs, then the
+    // second ones.
+    const int32_t operand_row = lane / 16 * 4 + row_in_quad();
     uint8_t* const out =
         block.storage + args.plan.shared.queries +
         queries_at.stage() * args.plan.heads * args.plan.quads * kSteps * kQueryStepBytes +
-        warp % kItems * kQueryPairBytes + lane * 16;
+        warp % kItems / 2 * kQueryStepBytes + operand_row * 128 + lane % 4 * 4;
     const int32_t quads = quads_of(task);
 #pragma unroll
     for (int n = 0; n < kWarpQuads; ++n) {
@@ -265,9 +306,13 @@ struct WeightMaker {
         words[i] = pack_half2(x[i].x * t.x + y[i].x * t.y, x[i].y * t.z + y[i].y * t.w);
         words[2 + i] = pack_half2(y[i].x * t.x - x[i].x * t.y, y[i].y * t.z - x[i].y * t.w);
       }
-      *reinterpret_cast<uint4*>(out + quad * kSteps * kQueryStepBytes) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t chunk = (i / 2 * 4 + warp % 2 * 2 + i % 2) ^ operand_row;
+        *reinterpret_cast<uint32_t*>(out + quad * kSteps * kQueryStepBytes + chunk * 16) = words[i];
+      }
     }
+    ptx::fence_proxy_async();
     ptx::mbarrier_arrive(queries.full_at(queries_at));
     queries_at.next();
   }
@@ -332,31 +377,50 @@ struct WeightMaker {
     const int32_t quads = quads_of(task);
     float y[kMaxQuads][kLaneTokens];
     take_scores(task.tiles(), quads, y);
+    // Quads at once also where one is absent: that takes no longer, and no branch parts them.
 #pragma unroll
-    for (int quad = 0; quad < kMaxQuads; ++quad) {
-      if (quad >= quads) break;
-      const float factor = __shfl_sync(~0u, factors, quad * 4 + warp);
-      const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, quad * 4 + warp);
-      float most = -INFINITY;
+    for (int first = 0; first < kMaxQuads; first += kAtOnce) {
+      if (first >= quads) break;
+      float most[kAtOnce];
+      float total[kAtOnce];
 #pragma unroll
-      for (int x = 0; x < kLaneTokens; ++x) {
-        if (!kAll && !(token_of(x) >= seen.x && token_of(x) < seen.y)) y[quad][x] = -INFINITY;
-        most = fmaxf(most, y[quad][x]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, (first + i) * 4 + warp);
+        most[i] = -INFINITY;
+#pragma unroll
+        for (int x = 0; x < kLaneTokens; ++x) {
+          float& own = y[first + i][x];
+          if (!kAll && !(token_of(x) >= seen.x && token_of(x) < seen.y)) own = -INFINITY;
+          most[i] = fmaxf(most[i], own);
+        }
       }
-      most = max_over_lanes<32>(most);
-      // Scores of NaN alone have no maximum.
-      const float base = most == -INFINITY ? 0.0F : most * factor;
-      float total = 0.0F;
+      max_over_warp(most);
 #pragma unroll
-      for (int x = 0; x < kLaneTokens; ++x) {
-        y[quad][x] = ptx::ex2_approx(fmaf(y[quad][x], factor, -base));
-        total += y[quad][x];
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float factor = __shfl_sync(~0u, factors, (first + i) * 4 + warp);
+        // Scores of NaN alone have no maximum.
+        most[i] = most[i] == -INFINITY ? 0.0F : most[i] * factor;
+        total[i] = 0.0F;
+#pragma unroll
+        for (int x = 0; x < kLaneTokens; ++x) {
+          float& own = y[first + i][x];
+          own = ptx::ex2_approx(fmaf(own, factor, -most[i]));
+          total[i] += own;
+        }
       }
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-      if (lane == 0) {
+      for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+        for (float& sum : total) sum += __shfl_xor_sync(~0u, sum, step);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = (first + i) * 4 + warp;
+        const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, row);
         const bool any = max(seen.x, 0) < min(seen.y, kSplitTokens);
-        block.scratch().stats[quad * 4 + warp] = make_float2(any ? base : -INFINITY, total);
+        if (lane == 0) {
+          block.scratch().stats[row] = make_float2(any ? most[i] : -INFINITY, total[i]);
+        }
       }
     }
     __syncwarp();
@@ -364,6 +428,7 @@ struct WeightMaker {
     ptx::mbarrier_wait_parity(weights.empty, weights_parity ^ 1);
 #pragma unroll 1
     for (int32_t slice = 0; slice < args.p.v.count; ++slice) store_weights<kAll>(task, slice, y);
+    ptx::fence_proxy_async();
     ptx::mbarrier_arrive(weights.full);
     weights_parity ^= 1;
   }
@@ -394,7 +459,7 @@ struct WeightMaker {
     }
     if (kAll) most = max_over_lanes<32>(most);
     uint8_t* const out = block.storage + args.plan.shared.weights + slice * kWeightBytes +
-                         warp * kSplitTokens * 2 + lane % 2 * 8;
+                         lane / 16 * kBoxWeightBytes + lane % 2 * 8;
     WeightScratch& scratch = block.scratch();
 #pragma unroll
     for (int quad = 0; quad < kMaxQuads; ++quad) {
@@ -424,8 +489,9 @@ struct WeightMaker {
           // Chosen, not multiplied by 0: the scale of what isn't seen may be anything.
           z[x] = sees(at) ? y[quad][at] * (scale[at] * factor) : 0.0F;
         }
-        const int chunk = (tile * (kTileTokens / 8) + lane / 2) ^ (row % 8);
-        *reinterpret_cast<uint2*>(out + quad * 4 * kSplitTokens * 2 + chunk * 16) =
+        const int chunk = (lane % 16 / 2) ^ (row % 8);
+        *reinterpret_cast<uint2*>(out + tile * (2 * kBoxWeightBytes) + row * (kBoxTokens * 2) +
+                                  chunk * 16) =
             make_uint2(pack_half2(z[0], z[1]), pack_half2(z[2], z[3]));
       }
       if (lane == 0) {
@@ -436,6 +502,7 @@ struct WeightMaker {
   }
 
   __device__ __forceinline__ void run() {
+    prefetch_queries();
     if (threadIdx.x % kWarpgroup < kPairs) {
       const int pair = threadIdx.x % kWarpgroup;
       block.scratch().inv_freq[pair] = args.p.inv_freq[pair];

@@ -16,4 +16,9 @@ __device__ __forceinline__ void touch(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
+// to = from, in another register and at this place among the other volatile statements.
+__device__ __forceinline__ void move(float& to, float from) {
+  asm volatile("mov.b32 %0, %1;" : "=f"(to) : "f"(from) : "memory");
+}
+
 }  // namespace int8_ops::ptx
