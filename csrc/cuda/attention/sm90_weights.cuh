@@ -425,6 +425,7 @@ struct WeightMaker {
     }
     __syncwarp();
     store_stats(task);
+    __syncwarp();  // before the next split's are written
     ptx::mbarrier_wait_parity(weights.empty, weights_parity ^ 1);
 #pragma unroll 1
     for (int32_t slice = 0; slice < args.p.v.count; ++slice) store_weights<kAll>(task, slice, y);
