@@ -274,6 +274,19 @@ def test_errors(message: str) -> None:
         attend(problem)
 
 
+@on_hopper
+def test_hopper_leaves_many_query_heads_to_the_general_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = cases.Maker(50).problem(
+        "heads", 1, 1, 1, 129, 64, 16, 40, [(8, 32)], [(8, 32)], torch.float16
+    )
+    check(problem)
+    monkeypatch.setenv(PATH, "sm90")
+    with pytest.raises(RuntimeError, match="up to 128 query heads a KV head, and there are 129"):
+        attend(on_device(problem))
+
+
 def test_an_unknown_path_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = on_device(cases.Maker(46).problem("path"))
     monkeypatch.setenv(PATH, "skinny")

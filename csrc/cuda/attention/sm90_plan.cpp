@@ -108,6 +108,10 @@ std::string why_not_sm90(const LatentAttentionParams& p, const DeviceFacts& devi
   if (p.head_dim != 64 && p.head_dim != 128) {
     return "it takes heads of 64 or 128, and they have " + std::to_string(p.head_dim);
   }
+  if (p.heads > kMaxRepeats * p.kv_heads) {
+    return "it takes up to " + std::to_string(kMaxRepeats) +
+           " query heads a KV head, and there are " + std::to_string(p.heads / p.kv_heads);
+  }
   if (!is_aligned(p.q, 4) || p.q_batch_stride % 2 != 0 || p.q_head_stride % 2 != 0 ||
       p.q_token_stride % 2 != 0) {
     return "it takes queries at multiples of 4 bytes";

@@ -29,6 +29,10 @@ constexpr int32_t max_quads(int64_t head_dim, int32_t chunks) {
   if (chunks < kMaxChunks) return kMaxQuads;
   return head_dim > 64 ? 1 : 2;
 }
+// Query heads of a KV head, and the new tokens of each.
+inline constexpr int32_t kMaxRepeats = 128;
+inline constexpr int32_t kMaxNewTokens = 16;
+static_assert((kMaxRepeats * kMaxNewTokens + 4 * kMaxQuads) * kMaxNewTokens < 1 << 16);
 inline constexpr int32_t kQueryBuffers = 2;
 inline constexpr int32_t kTasks = 6;         // on their way through the block
 inline constexpr int32_t kMaxPairs = 64;     // of a head
@@ -70,11 +74,12 @@ struct LaneChoice {
   int32_t next = 0;     // and from one to the next
 };
 
-// Quotients of small numbers: exact where a dividend times the divisor stays below 2^16. A division
-// would be dozens of instructions, to be fetched before the first task can begin.
+// Quotients of small numbers: exact where a dividend times the divisor stays below 2^16, as those
+// of a head's query rows do by kMaxRepeats and a quad's by kMaxQuads. A division would be dozens of
+// instructions, to be fetched before the first task can begin.
 struct SmallDivisor {
   int32_t divisor = 1;
-  int32_t factor = 1 << 16;
+  int32_t factor = (1 << 16) + 1;
 
   static SmallDivisor of(int32_t divisor) { return {divisor, (1 << 16) / divisor + 1}; }
   INT8_OPS_HOST_DEVICE int32_t quotient(int32_t x) const { return x * factor >> 16; }
