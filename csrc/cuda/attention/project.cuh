@@ -167,6 +167,7 @@ __device__ __forceinline__ void project_rows(const CombineArgs& args, const RowT
 // that they can be on their way while it is waited for.
 template <int32_t kWarpsOfBlock>
 __device__ __forceinline__ void prefetch_a(const CombineArgs& args, const RowTile& tile) {
+#if __CUDA_ARCH__ >= 900  // elsewhere no kernel waits for another
   constexpr int32_t kLineBytes = 128;
   const int32_t element = tile.part * kWarpsOfBlock * kProjectElements;
   const int32_t elements =
@@ -181,6 +182,7 @@ __device__ __forceinline__ void prefetch_a(const CombineArgs& args, const RowTil
     }
     if (threadIdx.x == 0) ptx::prefetch_l2(s.a_scale + row);
   }
+#endif
 }
 
 // A block's part of the head: its warps take turns.

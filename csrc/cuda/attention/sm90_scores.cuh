@@ -37,8 +37,8 @@ struct ScoreMaker {
   using Keys = uint32_t[2][4];              // operands: first halves of sixteen pairs, second ones
   using Scores = float[kQuads][4];
   // A product is started as soon as the last one's keys are turned, beside their scores' products;
-  // with four chunks of latents there are no registers for both.
-  static constexpr bool kBeside = kChunks < kMaxChunks && kQuads == 1;
+  // with three chunks of latents there are no registers for both.
+  static constexpr bool kBeside = kChunks < 3 && kQuads == 1;
   static constexpr int kParts = kBeside ? 2 : 1;
 
   const Block& block;
@@ -53,7 +53,7 @@ struct ScoreMaker {
   // Asked for anew where registers are few, lest what is made of it is kept.
   static __device__ __forceinline__ int32_t own_thread() {
     auto thread = static_cast<int32_t>(threadIdx.x);
-    if constexpr (kChunks == kMaxChunks) ptx::make_opaque(thread);
+    if constexpr (kChunks > 2 || kSize == 64) ptx::make_opaque(thread);
     return thread;
   }
 
