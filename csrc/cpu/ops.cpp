@@ -111,19 +111,21 @@ struct CpuPolicy {
   static void check_key_scales(const LatentAttentionParams& p) {
     const int64_t half = p.head_dim / 2;
     for (int64_t n = 0; n < p.k.count; ++n) {
-      for (int64_t row = 0; row < p.kv_heads * p.head_dim; ++row) {
-        const int64_t channel = row % p.head_dim;
-        if (channel >= half) continue;
-        const float first = p.k.slices[n].a_scale[row];
-        const float second = p.k.slices[n].a_scale[row + half];
-        INT8_OPS_CHECK(first == second || (std::isnan(first) && std::isnan(second)),
-                       "latent_attention_decode: expected scales of A of k that are the same for "
-                       "the two channels of a RoPE pair, got ",
-                       first, " for channel ", channel, " and ", second, " for channel ",
-                       channel + half, " of KV head ", row / p.head_dim, " in slice ", n);
+      for (int64_t head = 0; head < p.kv_heads; ++head) {
+        const float* const scales = p.k.slices[n].a_scale + head * p.head_dim;
+        for (int64_t channel = 0; channel < half; ++channel) {
+          const float first = scales[channel];
+          const float second = scales[channel + half];
+          INT8_OPS_CHECK(first == second || (std::isnan(first) && std::isnan(second)),
+                         "latent_attention_decode: expected scales of A of k that are the same for "
+                         "the two channels of a RoPE pair, got ",
+                         first, " for channel ", channel, " and ", second, " for channel ",
+                         channel + half, " of KV head ", head, " in slice ", n);
+        }
       }
     }
   }
+
   static LatentAttentionPlan plan(const LatentAttentionParams& p) {
     return plan_latent_attention(p, kernels().tile, torch::stable::get_num_threads());
   }

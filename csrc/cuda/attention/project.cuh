@@ -5,7 +5,7 @@
 
 #include "../epilogue/convert.cuh"
 #include "../ptx/grid_dependency.cuh"
-#include "../ptx/tma.cuh"
+#include "../ptx/load_global.cuh"
 #include "combine_args.cuh"
 
 namespace int8_ops::cuda::attention {
@@ -178,9 +178,9 @@ __device__ __forceinline__ void prefetch_a(const CombineArgs& args, const RowTil
     const auto bytes = static_cast<int32_t>(elements * s.rank);
     for (int32_t i = static_cast<int32_t>(threadIdx.x) * kLineBytes; i < bytes;
          i += kWarpsOfBlock * 32 * kLineBytes) {
-      ptx::prefetch_l2(s.a + row * s.rank + i);
+      ptx::prefetch_global_l2(s.a + row * s.rank + i);
     }
-    if (threadIdx.x == 0) ptx::prefetch_l2(s.a_scale + row);
+    if (threadIdx.x == 0) ptx::prefetch_global_l2(s.a_scale + row);
   }
 #endif
 }

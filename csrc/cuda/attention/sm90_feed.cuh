@@ -2,6 +2,7 @@
 // of keys, one for A and the latents of values, and one that hands out the tasks.
 #pragma once
 
+#include "../ptx/load_global.cuh"
 #include "../ptx/tma.cuh"
 #include "sm90_block.cuh"
 
@@ -100,7 +101,7 @@ struct Feed {
       const float* const scales = s.scale + task.b * s.scale_batch_stride +
                                   task.group * s.scale_group_stride + task.first_token;
       for (int32_t token = 0; token < task.tokens; token += kLineFloats) {
-        ptx::prefetch_l2(scales + token);
+        ptx::prefetch_global_l2(scales + token);
       }
       for (int32_t column = 0; column < width_of(s); column += kBoxWidth) {
         for (int32_t token = 0; token < task.tokens; token += kBoxTokens) {

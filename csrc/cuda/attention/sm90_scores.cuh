@@ -18,7 +18,7 @@
 // product wait for the last one where it cannot tell sums that are read from sums under way.
 #pragma once
 
-#include "../ptx/mma_s8.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/wgmma_f16.cuh"
 #include "../ptx/wgmma_s8.cuh"

@@ -9,7 +9,7 @@
 // are the second operand, in shared memory.
 #pragma once
 
-#include "../ptx/ldmatrix_trans.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/wgmma_f16.cuh"
 #include "../ptx/wgmma_s8.cuh"

@@ -135,7 +135,7 @@ struct WeightMaker {
     for (int32_t slice = 0; slice < p.k.count; ++slice) {
       const auto lines = static_cast<int32_t>(p.kv_heads * kSize * sizeof(float) / kLineBytes);
       for (int32_t i = thread; i < lines; i += kWarpgroup) {
-        ptx::prefetch_l2(p.k.slices[slice].a_scale + i * (kLineBytes / sizeof(float)));
+        ptx::prefetch_global_l2(p.k.slices[slice].a_scale + i * (kLineBytes / sizeof(float)));
       }
     }
     const int64_t rows = p.batch * p.heads * p.q_len;
@@ -146,8 +146,8 @@ struct WeightMaker {
       const auto* const row = static_cast<const uint16_t*>(p.q) + i % q_len * p.q_token_stride +
                               i / q_len % heads * p.q_head_stride +
                               i / q_len / heads * p.q_batch_stride;
-      ptx::prefetch_l2(row);
-      if (kSize * 2 > kLineBytes) ptx::prefetch_l2(row + kSize / 2);
+      ptx::prefetch_global_l2(row);
+      if (kSize * 2 > kLineBytes) ptx::prefetch_global_l2(row + kSize / 2);
     }
   }
 

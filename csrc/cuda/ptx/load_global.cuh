@@ -1,5 +1,5 @@
-// Loads from global memory that are not put off until their value is needed.
-// PTX ISA, "Data Movement and Conversion Instructions: ld.global.nc".
+// Loads from global memory that are not put off until their value is needed, and prefetches.
+// PTX ISA, "Data Movement and Conversion Instructions: ld.global.nc, prefetch".
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,12 @@ __device__ __forceinline__ uint32_t ld_global_nc_16(const void* from) {
   return d;
 }
 
-// What is loaded soon and has no register yet. PTX ISA: prefetch.
+// Fetches the line of an address into L2.
+// PTX ISA: prefetch.global.L2.
+__device__ __forceinline__ void prefetch_global_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+// What is loaded soon and has no register yet. PTX ISA: prefetch.global.L1.
 __device__ __forceinline__ void prefetch_global_l1(const void* from) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
 }

@@ -1,20 +1,10 @@
-// Tensor-core products of int8 on one warp, and the shared-memory load that feeds them.
+// Tensor-core products of int8 on one warp.
 // PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions".
 #pragma once
 
 #include <cstdint>
 
 namespace int8_ops::ptx {
-
-// Four 8 x 8 matrices of 16-bit elements, here rows of 16 int8 each: lane 8i + j names row j of
-// matrix i; lane 4r + c receives bytes 4c .. 4c+3 of row r of every matrix.
-// PTX ISA: ldmatrix.sync.aligned.m8n8.x4.shared.b16.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared)
-               : "memory");
-}
 
 // d += a * b, a int8 [16, 32] by rows, b int8 [32, 8] by columns, d int32 [16, 8]. Wraps on
 // overflow; K <= kMaxK keeps every sum in range.

@@ -122,12 +122,6 @@ __device__ __forceinline__ void prefetch_l2_bulk(const void* global, uint32_t by
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
-// Fetches the line of an address into L2.
-// PTX ISA: prefetch.global.L2.
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
-}
-
 // Orders ordinary accesses to shared memory before those of the copy engine and of wgmma.
 // PTX ISA: fence.proxy.async.
 __device__ __forceinline__ void fence_proxy_async() {

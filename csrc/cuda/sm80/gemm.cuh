@@ -24,6 +24,7 @@
 #include "../launch.cuh"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/grid_dependency.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma_s8.cuh"
 #include "gemm_args.cuh"
 #include "stage_loader.cuh"

@@ -20,7 +20,7 @@
 #include "../launch.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/grid_dependency.cuh"
-#include "../ptx/mma_s8.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma_s8.cuh"
