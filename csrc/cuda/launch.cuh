@@ -43,11 +43,12 @@ inline int32_t checked_int32(int64_t value, const char* what) {
 // Note [Dependent launch]
 // On sm_90 and up a kernel is launched so that its blocks may become resident while the kernel
 // before it drains: the launch latency is then hidden. Every kernel here begins with
-// ptx::grid_dependency_wait(), before it touches memory, and every thread of it executes that, so
-// that a finished kernel implies that all kernels before it are finished. Blocks let the successor
-// in with ptx::grid_dependency_trigger() when they have little left to do, or by ending. Not
-// earlier: blocks that arrive while the multiprocessors are unevenly busy pile up on the idle ones
-// and stay there (measured: a grid of 128 blocks then takes twice its time).
+// ptx::grid_dependency_wait(), before it touches memory (but for lengths that an earlier kernel of
+// the same op has read: Note [Lengths first] in attention/combine_args.cuh), and every thread of it
+// executes that, so that a finished kernel implies that all kernels before it are finished. Blocks
+// let the successor in with ptx::grid_dependency_trigger() when they have little left to do, or by
+// ending. Not earlier: blocks that arrive while the multiprocessors are unevenly busy pile up on
+// the idle ones and stay there (measured: a grid of 128 blocks then takes twice its time).
 //
 // Code compiled for less than sm_90 does not wait, on whatever device its PTX ends up: what counts
 // is what the kernel was compiled from.

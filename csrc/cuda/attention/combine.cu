@@ -23,11 +23,17 @@ int64_t query_rows(const LatentAttentionParams& p, const Partials& partials) {
   return p.batch * p.groups * partials.group_rows;
 }
 
+// Tiles of kProjectRows query rows of a head.
+int64_t head_tiles(const CombineArgs& args) {
+  return args.p.batch * args.p.kv_heads * static_cast<int64_t>(args.by_row_tiles.divisor);
+}
+
 template <int32_t kVectors>
 void launch_fold(CombineArgs args) {
-  args.chunks = static_cast<int32_t>(ceil_div(args.partials.columns, kVectors * 4));
+  const int64_t chunks = ceil_div(args.partials.columns, kVectors * 4);
+  args.by_chunks = Divisor::of(static_cast<int32_t>(chunks));
   LaunchShape shape;
-  shape.grid = dim3(checked_int32(query_rows(args.p, args.partials) * args.chunks, "blocks"));
+  shape.grid = dim3(checked_int32(query_rows(args.p, args.partials) * chunks, "blocks"));
   shape.block = dim3(kFoldThreads);
   launch<fold_splits_kernel<kVectors>>("latent_attention_decode", shape, args.p.ctx, args);
 }
@@ -37,17 +43,17 @@ LaunchShape shape_of_project(CombineArgs& args, int32_t threads, int64_t most) {
   const LatentAttentionParams& p = args.p;
   const int64_t parts = ceil_div(p.head_dim, threads / 32 * kProjectElements);
   args.parts = static_cast<int32_t>(std::clamp<int64_t>(most, 1, parts));
+  args.by_parts = Divisor::of(args.parts);
   LaunchShape shape;
-  shape.grid = dim3(checked_int32(p.batch * p.kv_heads * args.row_tiles * args.parts, "blocks"));
+  shape.grid = dim3(checked_int32(head_tiles(args) * args.parts, "blocks"));
   shape.block = dim3(threads);
   return shape;
 }
 
 void launch_project(CombineArgs args, const DeviceFacts& device) {
   // More blocks than are resident only begin again what those have begun.
-  const int64_t tiles = args.p.batch * args.p.kv_heads * args.row_tiles;
-  const LaunchShape shape =
-      shape_of_project(args, kProjectThreads, ceil_div(kProjectBlocks * device.sm_count, tiles));
+  const LaunchShape shape = shape_of_project(
+      args, kProjectThreads, ceil_div(kProjectBlocks * device.sm_count, head_tiles(args)));
   launch<project_kernel>("latent_attention_decode", shape, args.p.ctx, args);
 }
 
@@ -62,7 +68,7 @@ bool is_small(const CombineArgs& args) {
 }
 
 void launch_fold_and_project(CombineArgs args) {
-  args.chunks = static_cast<int32_t>(ceil_div(args.partials.columns, 32 * 4));
+  args.by_chunks = Divisor::of(static_cast<int32_t>(ceil_div(args.partials.columns, 32 * 4)));
   LaunchShape shape = shape_of_project(args, kFoldThreads, args.p.head_dim);
   shape.shared_bytes = kProjectRows * args.partials.columns * sizeof(float);
   launch<fold_and_project_kernel>("latent_attention_decode", shape, args.p.ctx, args);
@@ -81,7 +87,12 @@ void combine(const LatentAttentionParams& p, const Partials& partials, float* fo
   args.partials = partials;
   args.folded = folded;
   args.head_rows = static_cast<int32_t>(p.heads / p.kv_heads * p.q_len);
-  args.row_tiles = static_cast<int32_t>(ceil_div(args.head_rows, kProjectRows));
+  args.by_group_rows = Divisor::of(partials.group_rows);
+  args.by_groups = Divisor::of(static_cast<int32_t>(p.groups));
+  args.by_q_len = Divisor::of(static_cast<int32_t>(p.q_len));
+  args.by_row_tiles = Divisor::of(static_cast<int32_t>(ceil_div(args.head_rows, kProjectRows)));
+  args.by_kv_heads = Divisor::of(static_cast<int32_t>(p.kv_heads));
+  args.by_group_heads = Divisor::of(static_cast<int32_t>(p.kv_heads / p.groups));
   for (int64_t n = 0; n < p.v.count; ++n) {
     args.vector_a[n] = p.v.slices[n].rank % 4 == 0 && is_aligned(p.v.slices[n].a, 4);
   }

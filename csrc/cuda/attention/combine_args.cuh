@@ -8,10 +8,16 @@
 // changes nothing, nor does it matter which threads do it: a kernel for few rows gives a thread one
 // class of few columns, one for many rows gives it four classes of more. Products and sums are
 // written as fmaf: what the compiler contracts could differ between the two.
+//
+// Note [Lengths first]
+// These kernels read the rows' lengths before they wait for the kernel before them, which is one of
+// this op: it has waited itself before it let them in, so that whatever wrote the lengths is
+// finished. Partial results and means are read after the wait.
 #pragma once
 
 #include <cstdint>
 
+#include "divisor.h"
 #include "partials.h"
 
 namespace int8_ops::cuda::attention {
@@ -33,11 +39,17 @@ inline constexpr int32_t kProjectElements = 2;  // of the head, a warp
 struct CombineArgs {
   LatentAttentionParams p;
   Partials partials;
-  float* folded;              // [batch][groups][group_rows][columns]: weighted means of the latents
-  int32_t chunks;             // fold: of kFoldVectors vectors of columns
-  int32_t head_rows;          // query rows a KV head: heads / kv_heads * q_len
-  int32_t row_tiles;          // project: of kProjectRows query rows of a head
-  int32_t parts;              // project: of kBlockElements elements of the head
+  float* folded;      // [batch][groups][group_rows][columns]: weighted means of the latents
+  int32_t head_rows;  // query rows a KV head: heads / kv_heads * q_len
+  int32_t parts;      // project: of kBlockElements elements of the head
+  Divisor by_chunks;  // fold: of kFoldVectors vectors of columns
+  Divisor by_group_rows;
+  Divisor by_groups;
+  Divisor by_q_len;
+  Divisor by_row_tiles;  // project: of kProjectRows query rows of a head
+  Divisor by_parts;
+  Divisor by_kv_heads;
+  Divisor by_group_heads;     // KV heads a group
   bool vector_a[kMaxSlices];  // rows of A start 4-byte aligned and end so
 };
 

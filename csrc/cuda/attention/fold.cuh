@@ -49,15 +49,17 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
   __shared__ float4 sums[kFoldWarps][kVectors];
   __shared__ float totals[kFoldWarps];
   __shared__ float2 at_hand[kStatsAtHand];
-  ptx::grid_dependency_wait();
   const LatentAttentionParams& p = args.p;
   const Partials& partials = args.partials;
-  const int32_t chunk = static_cast<int32_t>(blockIdx.x) % args.chunks;
-  const int32_t row_number = static_cast<int32_t>(blockIdx.x) / args.chunks;
-  const int32_t batch_group = row_number / partials.group_rows;
-  const int32_t row = row_number % partials.group_rows;
-  const DecodeRow tokens = decode_row(p, batch_group / static_cast<int32_t>(p.groups));
-  const int2 seen = tokens_seen(p, tokens, row % static_cast<int32_t>(p.q_len));
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  const int32_t row_number = args.by_chunks.quotient(block);
+  const int32_t chunk = args.by_chunks.remainder(block);
+  const int32_t batch_group = args.by_group_rows.quotient(row_number);
+  const int32_t row = args.by_group_rows.remainder(row_number);
+  // Before the wait: see Note [Lengths first].
+  const DecodeRow tokens = decode_row(p, args.by_groups.quotient(batch_group));
+  const int2 seen = tokens_seen(p, tokens, args.by_q_len.remainder(row));
+  ptx::grid_dependency_wait();
   const int32_t tid = static_cast<int32_t>(threadIdx.x);
   const int32_t column = chunk * kVectors * 4 + tid;
   const bool writes = tid < kVectors * 4 && column < partials.columns;

@@ -16,20 +16,21 @@ __global__ void __launch_bounds__(kFoldThreads)
   extern __shared__ __align__(16) float folded[];  // [kProjectRows][columns]
   const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
   prefetch_a<kFoldWarps>(args, tile);
-  ptx::grid_dependency_wait();
   const LatentAttentionParams& p = args.p;
   const Partials& partials = args.partials;
   const DecodeRow tokens = decode_row(p, tile.batch);
+  ptx::grid_dependency_wait();
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t row_vectors = partials.columns / 4;
   const int64_t stride = static_cast<int64_t>(partials.group_rows) * row_vectors;
   const int32_t rows = min(kProjectRows, args.head_rows - tile.first_row);
   // A warp folds 32 vectors of columns of a row. Each class has one split, the lane's.
-  for (int32_t item = warp; item < rows * args.chunks; item += kFoldWarps) {
-    const int32_t r = item / args.chunks;
-    const int32_t vector = item % args.chunks * 32 + lane;
-    const int2 seen = tokens_seen(p, tokens, tile.row(args, r) % static_cast<int32_t>(p.q_len));
+  const auto items = rows * static_cast<int32_t>(args.by_chunks.divisor);
+  for (int32_t item = warp; item < items; item += kFoldWarps) {
+    const int32_t r = args.by_chunks.quotient(item);
+    const int32_t vector = args.by_chunks.remainder(item) * 32 + lane;
+    const int2 seen = tokens_seen(p, tokens, args.by_q_len.remainder(tile.row(args, r)));
     auto* to = reinterpret_cast<float4*>(folded) + r * row_vectors + vector;
     if (seen.x >= seen.y) {
       if (vector < row_vectors) *to = make_float4(0.0F, 0.0F, 0.0F, 0.0F);

@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kThreads, kHeld&& kRows <= 4 ? 2 : 1)
   const bool whole = args.panel_tiles >= args.tiles;
 
   find_queries(args, shared, head);
-  const int32_t total = SplitWalk::total(p);
+  const int32_t total = SplitWalk{p}.total();
   if (whole && worker < total) stage_panel(args, shared, head, 0);
   __syncthreads();
   for (int32_t number = worker; number < total; number += args.workers) {
-    SplitWalk walk = {p};
+    SplitWalk walk{p};
     walk.seek(number);
     const SplitPlace place = {walk.b, head.group, walk.split, walk.first_token(), walk.tokens()};
     const int32_t origin = p.origin != nullptr ? p.origin[walk.b] : -walk.row.begin;

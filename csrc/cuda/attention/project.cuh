@@ -19,12 +19,12 @@ struct RowTile {
 
   // Of a block; they are numbered parts first.
   __device__ __forceinline__ RowTile(const CombineArgs& args, int32_t block) {
-    part = block % args.parts;
-    block /= args.parts;
-    first_row = block % args.row_tiles * kProjectRows;
-    block /= args.row_tiles;
-    head = block % static_cast<int32_t>(args.p.kv_heads);
-    batch = block / static_cast<int32_t>(args.p.kv_heads);
+    part = args.by_parts.remainder(block);
+    block = args.by_parts.quotient(block);
+    first_row = args.by_row_tiles.remainder(block) * kProjectRows;
+    block = args.by_row_tiles.quotient(block);
+    head = args.by_kv_heads.remainder(block);
+    batch = args.by_kv_heads.quotient(block);
   }
 
   // Rows past the last one repeat it.
@@ -32,13 +32,11 @@ struct RowTile {
     return min(first_row + r, args.head_rows - 1);
   }
   __device__ __forceinline__ int32_t batch_group(const CombineArgs& args) const {
-    const auto groups = static_cast<int32_t>(args.p.groups);
-    return batch * groups + head / (static_cast<int32_t>(args.p.kv_heads) / groups);
+    return batch * static_cast<int32_t>(args.p.groups) + args.by_group_heads.quotient(head);
   }
   // The row's number within its group.
   __device__ __forceinline__ int32_t group_row(const CombineArgs& args, int32_t r) const {
-    const auto groups = static_cast<int32_t>(args.p.groups);
-    return head % (static_cast<int32_t>(args.p.kv_heads) / groups) * args.head_rows + row(args, r);
+    return args.by_group_heads.remainder(head) * args.head_rows + row(args, r);
   }
 };
 
@@ -154,12 +152,13 @@ __device__ __forceinline__ void project_rows(const CombineArgs& args, const RowT
   if (lane % 4 != 0 || row >= args.head_rows) return;
   const int64_t channel = static_cast<int64_t>(tile.head) * head_dim + element + e;
   if (p.v.bias != nullptr) y = __fadd_rn(y, load_float(p.v.bias, p.v.bias_dtype, channel));
-  const int64_t query_head =
-      static_cast<int64_t>(tile.head) * (args.head_rows / q_len) + row / q_len;
+  // Query heads of a KV head follow one another, as do its rows without the new tokens' number.
+  const int32_t new_token = args.by_q_len.remainder(row);
+  const int64_t query_head = args.by_q_len.quotient(tile.head * args.head_rows + row);
   const int64_t at =
-      ((static_cast<int64_t>(tile.batch) * q_len + row % q_len) * p.heads + query_head) * head_dim +
+      ((static_cast<int64_t>(tile.batch) * q_len + new_token) * p.heads + query_head) * head_dim +
       element + e;
-  const int2 seen = tokens_seen(p, tokens, row % q_len);
+  const int2 seen = tokens_seen(p, tokens, new_token);
   store_float(p.out, p.q_dtype, at, seen.x < seen.y ? y : 0.0F);
 }
 
@@ -201,8 +200,8 @@ __global__ void __launch_bounds__(kProjectThreads)
     project_kernel(const __grid_constant__ CombineArgs args) {
   const RowTile tile(args, static_cast<int32_t>(blockIdx.x));
   prefetch_a<kProjectThreads / 32>(args, tile);
-  ptx::grid_dependency_wait();
   const DecodeRow tokens = decode_row(args.p, tile.batch);
+  ptx::grid_dependency_wait();
   const float* means[kProjectRows];
 #pragma unroll
   for (int32_t r = 0; r < kProjectRows; ++r) {

@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
                                Block::ring(barriers.weights),
                                {},
                                {},
-                               {},
                                warp,
                                lane};
     weights.run();
@@ -92,14 +91,15 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     sums.run();
     ptx::grid_dependency_trigger();
   } else {
-    if (warp == 3) block.choose_work();
+    SplitWalk walk{args.p};
+    if (warp == 3) block.choose_work(walk);
     ptx::set_max_registers_dec<kFeedRegisters>();
     const Feed feed{block, args};
     feed.prefetch_maps(warp);
     if (warp == 0) feed.load_keys(0);
     if (warp == 1) feed.load_keys(1);
     if (warp == 2) feed.template load_values<kSize>();
-    if (warp == 3) feed.schedule();
+    if (warp == 3) feed.schedule(walk);
   }
 #endif
 }

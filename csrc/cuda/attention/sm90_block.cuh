@@ -31,6 +31,7 @@ struct PairPlace {
 // splits of all rows are shared out among the blocks of a lane.
 struct BlockWork {
   int32_t heads;  // of a lane, at most
+  Divisor group_lanes;
   int32_t lanes;
   int32_t first_lane;
   int32_t lane_step;
@@ -81,8 +82,6 @@ struct RowFacts {
 struct WeightScratch {
   float2 turns[kQueryBuffers][kMaxPairs * 2];
   float inv_freq[kMaxPairs];
-  float2 largest[kBlockRows][4];
-  float2 query_factor[kBlockRows];
   float score_factor[kBlockRows];
   RowFacts rows[2][kBlockRows];  // of lanes of even and of odd number
   float2 stats[kBlockRows];
@@ -125,11 +124,14 @@ struct Block {
 
   // By one warp, a lane of it a choice. How many heads a lane has is chosen here, where the lengths
   // are known: with few splits, lanes of few heads employ more blocks. No result depends on it.
-  __device__ __forceinline__ void choose_work() const {
-    const int32_t splits = SplitWalk::total(args.p);
+  __device__ __forceinline__ void choose_work(SplitWalk& walk) const {
+    const int32_t splits = walk.total();
     const int32_t mine = static_cast<int32_t>(threadIdx.x % 32) % args.plan.heads;
     const LaneChoice& choice = args.plan.choices[mine];
-    const int32_t rounds = (splits + choice.sharing - 1) / choice.sharing * choice.turns;
+    const auto sharing_of = [](const LaneChoice& c) {
+      return static_cast<int32_t>(c.sharing.divisor);
+    };
+    const int32_t rounds = choice.sharing.quotient(splits + sharing_of(choice) - 1) * choice.turns;
     const int32_t cycles = choice.first + max(rounds - 1, 0) * choice.next;
     const int32_t least = __reduce_min_sync(~0u, cycles);
     // Of equals the one with most heads, whose lanes read latents the fewest times.
@@ -139,12 +141,13 @@ struct Block {
     BlockWork& work = head().work;
     if (threadIdx.x % 32 != 0) return;
     work.heads = best + 1;
+    work.group_lanes = chosen.group_lanes;
     work.lanes = chosen.lanes;
-    work.first_lane = block / chosen.sharing;
-    work.lane_step = max(1, static_cast<int32_t>(gridDim.x) / chosen.sharing);
-    const int32_t part = block % chosen.sharing;
-    const int32_t each = splits / chosen.sharing;
-    const int32_t rest = splits % chosen.sharing;  // parts with one more
+    work.first_lane = chosen.sharing.quotient(block);
+    work.lane_step = chosen.lane_step;
+    const int32_t part = block - work.first_lane * sharing_of(chosen);
+    const int32_t each = chosen.sharing.quotient(splits);
+    const int32_t rest = splits - each * sharing_of(chosen);  // parts with one more
     work.first = each * part + min(part, rest);
     work.last = work.first + each + static_cast<int32_t>(part < rest);
   }
@@ -152,8 +155,9 @@ struct Block {
   // The split that `walk` is at, for a lane.
   __device__ __forceinline__ void describe(const BlockWork& work, int32_t lane,
                                            const SplitWalk& walk, Task& task) const {
-    const int32_t sets = (args.group_heads + work.heads - 1) / work.heads;
-    const int32_t in_group = lane % (sets * args.plan.row_blocks);
+    const int32_t group = work.group_lanes.quotient(lane);
+    const int32_t in_group = lane - group * static_cast<int32_t>(work.group_lanes.divisor);
+    const int32_t set = args.by_row_blocks.quotient(in_group);
     task.stop = 0;
     task.b = walk.b;
     task.split = walk.split;
@@ -161,10 +165,10 @@ struct Block {
     task.end = walk.row.end;
     task.first_token = walk.first_token();
     task.tokens = walk.tokens();
-    task.group = lane / (sets * args.plan.row_blocks);
-    task.first_head = in_group / args.plan.row_blocks * work.heads;
+    task.group = group;
+    task.first_head = set * work.heads;
     task.heads = min(work.heads, args.group_heads - task.first_head);
-    task.first_row = in_group % args.plan.row_blocks * args.plan.quads * 4;
+    task.first_row = (in_group - set * args.plan.row_blocks) * args.plan.quads * 4;
   }
 
   // Calls f(task) for each task, by all threads of a warp that takes part.

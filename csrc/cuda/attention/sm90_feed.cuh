@@ -68,8 +68,8 @@ struct Feed {
     uint32_t to = block.at(0);
     for (int32_t head = 0; head < task.heads; ++head) {
       const uint32_t barrier = full + head * 8;
-      // One head at a time: what others ask of memory is not to wait for all of A.
-      if (head > 0) ptx::mbarrier_wait_parity(barrier - 8, task.lane_parity);
+      // Two heads at a time: what others ask of memory is not to wait for all of A.
+      if (head > 1) ptx::mbarrier_wait_parity(barrier - 16, task.lane_parity);
       ptx::mbarrier_arrive_expect_tx(barrier, kSteps * args.plan.chunks * kBoxBytes);
       for (int step = 0; step < kSteps; ++step) {
         const int32_t row =
@@ -89,6 +89,7 @@ struct Feed {
         }
       }
     }
+    ptx::mbarrier_wait_parity(full + (task.heads - 1) * 8, task.lane_parity);
     // Barriers of heads that this lane lacks go through the phase as well.
     for (int32_t head = task.heads; head < kMaxQuads; ++head) ptx::mbarrier_arrive(full + head * 8);
   }
@@ -135,7 +136,7 @@ struct Feed {
   }
 
   // Tells all others what to do: by one warp.
-  __device__ __forceinline__ void schedule() const {
+  __device__ __forceinline__ void schedule(SplitWalk& walk) const {
     const BlockWork& work = block.head().work;
     __syncwarp();
     const RingBarriers ring = Block::ring(block.barriers().tasks);
@@ -143,7 +144,6 @@ struct Feed {
     int32_t parity = 0;
     for (int32_t lane = work.first_lane; lane < work.lanes && work.first < work.last;
          lane += work.lane_step) {
-      SplitWalk walk{args.p};
       walk.seek(work.first);
       for (int32_t i = work.first; i < work.last; ++i) {
         if (i > work.first) walk.next();

@@ -77,7 +77,10 @@ LaneChoice lane_choice(const LatentAttentionParams& p, const AttendPlan& plan, i
   LaneChoice choice;
   const auto group_heads = static_cast<int32_t>(p.kv_heads / p.groups);
   choice.lanes = static_cast<int32_t>(p.groups) * ceil_div(group_heads, heads) * plan.row_blocks;
-  choice.sharing = std::max(1, blocks / choice.lanes);
+  const int32_t sharing = std::max(1, blocks / choice.lanes);
+  choice.sharing = Divisor::of(sharing);
+  choice.group_lanes = Divisor::of(ceil_div(group_heads, heads) * plan.row_blocks);
+  choice.lane_step = std::max(1, blocks / sharing);
   choice.turns = ceil_div(choice.lanes, blocks);
   const int32_t keys = static_cast<int32_t>(p.head_dim) * std::max(9 * plan.chunks, 15) * heads;
   const int32_t weights = 3000 + 800 * heads * plan.quads;
@@ -107,10 +110,6 @@ std::string why_not_sm90(const LatentAttentionParams& p, const DeviceFacts& devi
   if (p.q_dtype == DType::kFloat32) return "it takes 16-bit queries, and they are float32";
   if (p.head_dim != 64 && p.head_dim != 128) {
     return "it takes heads of 64 or 128, and they have " + std::to_string(p.head_dim);
-  }
-  if (p.heads > kMaxRepeats * p.kv_heads) {
-    return "it takes up to " + std::to_string(kMaxRepeats) +
-           " query heads a KV head, and there are " + std::to_string(p.heads / p.kv_heads);
   }
   if (!is_aligned(p.q, 4) || p.q_batch_stride % 2 != 0 || p.q_head_stride % 2 != 0 ||
       p.q_token_stride % 2 != 0) {
@@ -145,8 +144,9 @@ void sm90_attend(const LatentAttentionParams& p, const Partials& partials,
   args.repeats = static_cast<int32_t>(p.heads / p.kv_heads);
   args.head_rows = args.repeats * static_cast<int32_t>(p.q_len);
   args.plan = plan_for(p, args.head_rows, device.shared_bytes_per_block);
-  args.by_quads = SmallDivisor::of(args.plan.quads);
-  args.by_q_len = SmallDivisor::of(static_cast<int32_t>(p.q_len));
+  args.by_quads = Divisor::of(args.plan.quads);
+  args.by_q_len = Divisor::of(static_cast<int32_t>(p.q_len));
+  args.by_row_blocks = Divisor::of(args.plan.row_blocks);
   for (int32_t heads = 1; heads <= args.plan.heads; ++heads) {
     args.plan.choices[heads - 1] =
         lane_choice(p, args.plan, heads, partials.columns, device.sm_count);

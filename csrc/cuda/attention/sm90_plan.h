@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../heuristics/gemm_heuristics.h"
+#include "divisor.h"
 #include "partials.h"
 
 namespace int8_ops::cuda::attention {
@@ -29,10 +30,6 @@ constexpr int32_t max_quads(int64_t head_dim, int32_t chunks) {
   if (chunks < kMaxChunks) return kMaxQuads;
   return head_dim > 64 ? 1 : 2;
 }
-// Query heads of a KV head, and the new tokens of each.
-inline constexpr int32_t kMaxRepeats = 128;
-inline constexpr int32_t kMaxNewTokens = 16;
-static_assert((kMaxRepeats * kMaxNewTokens + 4 * kMaxQuads) * kMaxNewTokens < 1 << 16);
 inline constexpr int32_t kQueryBuffers = 2;
 inline constexpr int32_t kTasks = 6;         // on their way through the block
 inline constexpr int32_t kMaxPairs = 64;     // of a head
@@ -68,22 +65,12 @@ struct AttendShared {
 // What it is like to give a block's lane so many heads: see Block::choose_work().
 struct LaneChoice {
   int32_t lanes = 0;
-  int32_t sharing = 0;  // blocks that share a lane's splits
-  int32_t turns = 0;    // that a block takes lanes, where there are more of them than blocks
-  int32_t first = 0;    // cycles until a first split is done
-  int32_t next = 0;     // and from one to the next
-};
-
-// Quotients of small numbers: exact where a dividend times the divisor stays below 2^16, as those
-// of a head's query rows do by kMaxRepeats and a quad's by kMaxQuads. A division would be dozens of
-// instructions, to be fetched before the first task can begin.
-struct SmallDivisor {
-  int32_t divisor = 1;
-  int32_t factor = (1 << 16) + 1;
-
-  static SmallDivisor of(int32_t divisor) { return {divisor, (1 << 16) / divisor + 1}; }
-  INT8_OPS_HOST_DEVICE int32_t quotient(int32_t x) const { return x * factor >> 16; }
-  INT8_OPS_HOST_DEVICE int32_t remainder(int32_t x) const { return x - quotient(x) * divisor; }
+  Divisor sharing;        // blocks that share a lane's splits
+  Divisor group_lanes;    // of a group
+  int32_t lane_step = 0;  // from a block's lane to its next one
+  int32_t turns = 0;      // that a block takes lanes, where there are more of them than blocks
+  int32_t first = 0;      // cycles until a first split is done
+  int32_t next = 0;       // and from one to the next
 };
 
 struct AttendPlan {
@@ -102,8 +89,9 @@ struct AttendArgs {
   AttendPlan plan;
   int32_t group_heads = 0;
   int32_t repeats = 0;
-  SmallDivisor by_quads;
-  SmallDivisor by_q_len;
+  Divisor by_quads;
+  Divisor by_q_len;
+  Divisor by_row_blocks;
   int32_t head_rows = 0;              // query rows a KV head: repeats * q_len
   int32_t k_chunks[kMaxSlices] = {};  // of A: of 128 values
   CUtensorMap k_maps[kMaxSlices];

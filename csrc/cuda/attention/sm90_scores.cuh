@@ -292,7 +292,6 @@ struct ScoreMaker {
           clear(acc);
           multiply(sums, latents, descriptor(0, 0));
           queries.wait_full(queries_at);
-          if (slice == 0) scores.wait_empty(scores_at);
           const auto one_head = [&]<bool kLast>(int32_t head) {
             Scores before;
 #pragma unroll
@@ -309,7 +308,11 @@ struct ScoreMaker {
                 clear(acc);
               }
               const bool more = !kLast || step + 1 < kSteps;
-              if (!kLast && step + 1 == kSteps) wait_for_a(head + 1);
+              if (step + 1 == kSteps) {
+                if (!kLast) wait_for_a(head + 1);
+                // Here the first scores are about to be stored.
+                if (head == 0 && slice == 0) scores.wait_empty(scores_at);
+              }
               score_step(sums, turns[step],
                          queries_of(queries_at, head) + step * (kQueryStepBytes >> 4), keys, acc);
               if (more) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../ptx/ldmatrix.cuh"
+#include "../ptx/load_global.cuh"
 #include "../ptx/opaque.cuh"
 #include "../ptx/wgmma_f16.cuh"
 #include "../ptx/wgmma_s8.cuh"
@@ -109,13 +110,18 @@ struct SumMaker {
       for (int32_t box = 0; box < boxes; ++box) {
         v_ring.wait_full(v_at);
         const uint64_t weights_of_box = weights_of_slice + box * (kBoxWeightBytes >> 4);
+        const uint32_t from = bytes_row + v_at.stage * kBoxBytes;
+        uint32_t bytes[2][4];  // of a step and the next one
+        ptx::ldmatrix_x4_trans(bytes[0], from);
 #pragma unroll
         for (int step = 0; step < kBoxSteps; ++step) {
-          uint32_t bytes[4];
-          ptx::ldmatrix_x4_trans(bytes, bytes_row + v_at.stage * kBoxBytes + step * 16 * kBoxWidth);
-          if (step + 1 == kBoxSteps) ptx::mbarrier_arrive(v_ring.empty_at(v_at));
+          if (step + 1 < kBoxSteps) {
+            ptx::ldmatrix_x4_trans(bytes[(step + 1) % 2], from + (step + 1) * 16 * kBoxWidth);
+          } else {
+            ptx::mbarrier_arrive(v_ring.empty_at(v_at));
+          }
           ptx::wgmma_wait_group<1>();
-          convert(bytes, packed, a[step % 2]);
+          convert(bytes[step % 2], packed, a[step % 2]);
           ptx::wgmma_fence();
           ptx::wgmma_f16(sums[0], a[step % 2][0], weights_of_box + step * 2);
           ptx::wgmma_f16(sums[1], a[step % 2][1], weights_of_box + step * 2);
@@ -130,7 +136,36 @@ struct SumMaker {
     }
   }
 
+  // What the first task will ask for, to L2, before it is known and the latents queue up for
+  // memory: the queries of few rows, and the scales of A. By some blocks for all, and by the
+  // warpgroup whose own work begins last.
+  __device__ __forceinline__ void prefetch_queries() const {
+    constexpr int32_t kLineBytes = 128;
+    constexpr int64_t kMostRows = 512;
+    const LatentAttentionParams& p = args.p;
+    if (blockIdx.x % 8 != 0) return;
+    const int32_t thread = threadIdx.x % kWarpgroup;
+    for (int32_t slice = 0; slice < p.k.count; ++slice) {
+      const auto lines = static_cast<int32_t>(p.kv_heads * p.head_dim * sizeof(float) / kLineBytes);
+      for (int32_t i = thread; i < lines; i += kWarpgroup) {
+        ptx::prefetch_global_l2(p.k.slices[slice].a_scale + i * (kLineBytes / sizeof(float)));
+      }
+    }
+    const int64_t rows = p.batch * p.heads * p.q_len;
+    if (rows > kMostRows) return;
+    const auto q_len = static_cast<int32_t>(p.q_len);
+    const auto heads = static_cast<int32_t>(p.heads);
+    for (int32_t i = thread; i < static_cast<int32_t>(rows); i += kWarpgroup) {
+      const auto* const row = static_cast<const uint16_t*>(p.q) + i % q_len * p.q_token_stride +
+                              i / q_len % heads * p.q_head_stride +
+                              i / q_len / heads * p.q_batch_stride;
+      ptx::prefetch_global_l2(row);
+      if (p.head_dim * 2 > kLineBytes) ptx::prefetch_global_l2(row + kLineBytes / 2);
+    }
+  }
+
   __device__ __forceinline__ void run() {
+    prefetch_queries();
     block.for_each_task([&](const Task& task) {
       ptx::mbarrier_wait_parity(weights.full, weights_parity);
 #pragma unroll 1

@@ -1,9 +1,16 @@
 // The warpgroup between scores and sums: it turns the queries for those that make scores, a tile
 // ahead, and makes weights of the scores of a split.
+//
+// Note [First time]
+// Instructions that no warp of a multiprocessor has executed come from L2, some twenty cycles each.
+// A block's first split is a chain of those, and of short contexts the whole call. While the scores
+// of its first split are made this warpgroup therefore weighs zeros, and tells nobody. What is
+// loaded once is written as loops that are not unrolled. (Rehearsing the scores as well did not
+// pay: their first time ends when the queries are there.)
 #pragma once
 
 #include "../ptx/ex2_approx.cuh"
-#include "../ptx/load_global.cuh"
+#include "../ptx/opaque.cuh"
 #include "../ptx/tma.cuh"
 #include "rope.cuh"
 #include "sm90_block.cuh"
@@ -54,9 +61,11 @@ struct WeightMaker {
   static constexpr int kSteps = kSize / kStepChannels;
   static constexpr int kPairs = kSize / 2;
   static constexpr int kItems = kSteps * 2;  // of sixteen RoPE pairs: a warp turns one of a quad
-  static constexpr int kWarpQuads = kItems;  // and so many quads of query rows
-  static constexpr uint32_t kBarrier = 1;    // named
-  static constexpr int kAtOnce = 2;          // quads whose maxima and sums are made at once
+  static constexpr int kQuadsApart = 4 / kItems;  // from one quad of a warp to the next
+  static constexpr int kRowThreads = kWarpgroup / kBlockRows;  // that load a query row
+  static constexpr int kOwnPairs = kPairs / kRowThreads;       // RoPE pairs of each
+  static constexpr uint32_t kBarrier = 1;                      // named
+  static constexpr int kAtOnce = 2;  // quads whose maxima and sums are made at once
   // A weight is an exponential times a token's scale over the largest one's power of two, times
   // this power: what float16 then loses of small ones is below 2^-36 of the largest.
   static constexpr int kWeightExponent = 12;
@@ -68,7 +77,6 @@ struct WeightMaker {
   RingBarriers weights;
   PairPlace queries_at;
   PairPlace scores_at;
-  uint32_t weights_parity;
   int warp;
   int lane;
 
@@ -88,11 +96,9 @@ struct WeightMaker {
   // ---- queries
   // ---------------------------------------------------------------------------------
 
-  // A warp turns sixteen RoPE pairs of kWarpQuads quads: a thread, of its row of each, the first
-  // halves of two pairs, of the two eight pairs further on, and the second halves.
-  __device__ __forceinline__ int32_t quad_of(int i) const {
-    return i * (4 / kItems) + warp / kItems;
-  }
+  // A warp turns sixteen RoPE pairs of every kQuadsApart-th quad: a thread, of its row of each, the
+  // first halves of two pairs, of the two eight pairs further on, and the second halves.
+  __device__ __forceinline__ int32_t first_quad() const { return warp / kItems; }
   __device__ __forceinline__ int32_t pair_of(int i) const {
     return warp % kItems * 16 + i * 8 + lane % 4 * 2;
   }
@@ -103,166 +109,102 @@ struct WeightMaker {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
   }
 
-  // Where a row's queries are, or nullptr where there is no such row.
-  __device__ __forceinline__ const uint16_t* row_queries(const Task& task, int32_t quad) const {
-    const int32_t row = first_row(task, quad) + row_in_quad();
+  // Where the queries of a row of a quad are, or nullptr where there is no such row.
+  __device__ __forceinline__ const uint16_t* row_queries(const Task& task, int32_t quad,
+                                                         int32_t row) const {
+    row += first_row(task, quad);
     if (quad >= quads_of(task) || row >= args.head_rows) return nullptr;
-    const int64_t head =
-        (static_cast<int64_t>(task.group) * args.group_heads + head_of(task, quad)) * args.repeats +
-        args.by_q_len.quotient(row);
+    const int64_t head = (task.group * args.group_heads + head_of(task, quad)) * args.repeats +
+                         args.by_q_len.quotient(row);
     return static_cast<const uint16_t*>(args.p.q) + task.b * args.p.q_batch_stride +
            head * args.p.q_head_stride + args.by_q_len.remainder(row) * args.p.q_token_stride;
   }
   __device__ __forceinline__ const float* key_scales(const Task& task, int32_t quad,
                                                      const LatentSlice& s) const {
-    return s.a_scale +
-           (static_cast<int64_t>(task.group) * args.group_heads + head_of(task, quad)) * kSize;
+    return s.a_scale + (task.group * args.group_heads + head_of(task, quad)) * kSize;
   }
-  // Sixteen bytes a thread of the upper or lower half of a warp.
-  __device__ __forceinline__ uint4* scaled_queries(int32_t slice, int32_t quad) const {
-    auto* const all = reinterpret_cast<uint4*>(block.storage + args.plan.shared.scaled);
-    return all + ((slice * kMaxQuads + quad) * kItems + warp % kItems) * 16 + lane % 16;
+  // Of a slice and a quad, [items][rows][lanes % 4] of sixteen bytes: the first halves of two
+  // pairs, of the two eight pairs further on, and the second halves.
+  __device__ __forceinline__ uint8_t* scaled_queries(int32_t slice, int32_t quad) const {
+    return block.storage + args.plan.shared.scaled + (slice * kMaxQuads + quad) * (kItems * 256);
   }
 
-  // What the first task will ask for, to L2, before it is known and the latents queue up for
-  // memory: the queries of few rows, and the scales of A. By some blocks for all.
-  __device__ __forceinline__ void prefetch_queries() const {
-    constexpr int32_t kLineBytes = 128;
-    constexpr int64_t kMostRows = 512;
-    const LatentAttentionParams& p = args.p;
-    if (blockIdx.x % 8 != 0) return;
-    const int32_t thread = threadIdx.x % kWarpgroup;
-    for (int32_t slice = 0; slice < p.k.count; ++slice) {
-      const auto lines = static_cast<int32_t>(p.kv_heads * kSize * sizeof(float) / kLineBytes);
-      for (int32_t i = thread; i < lines; i += kWarpgroup) {
-        ptx::prefetch_global_l2(p.k.slices[slice].a_scale + i * (kLineBytes / sizeof(float)));
-      }
-    }
-    const int64_t rows = p.batch * p.heads * p.q_len;
-    if (rows > kMostRows) return;
-    const auto q_len = static_cast<int32_t>(p.q_len);
-    const auto heads = static_cast<int32_t>(p.heads);
-    for (int32_t i = thread; i < static_cast<int32_t>(rows); i += kWarpgroup) {
-      const auto* const row = static_cast<const uint16_t*>(p.q) + i % q_len * p.q_token_stride +
-                              i / q_len % heads * p.q_head_stride +
-                              i / q_len / heads * p.q_batch_stride;
-      ptx::prefetch_global_l2(row);
-      if (kSize * 2 > kLineBytes) ptx::prefetch_global_l2(row + kSize / 2);
-    }
+  // The largest magnitude so far.
+  static __device__ __forceinline__ float larger(float most, float2 two) {
+    return fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
   }
 
   // Queries of a row of the batch, times the keys' scales of A, in float16 to shared memory: both
-  // over the powers of two that bring a row, and its head's scales, near 1.
+  // over the powers of two that bring a row, and its head's scales, near 1. A few neighbouring
+  // threads a row, of each a few neighbouring pairs.
   __device__ __forceinline__ void load_queries(const Task& task) const {
     WeightScratch& scratch = block.scratch();
-    uint32_t raw[kWarpQuads][4];
-    float2 first_scales[kWarpQuads][2];  // under way together with the queries
-    // So are all scales of the heads, a sector a thread: no registers for those of second channels.
-    const int32_t sector = threadIdx.x % kWarpgroup * 8;
-    if (sector < task.heads * kSize) {
-      ptx::prefetch_global_l1(key_scales(task, 0, args.p.k.slices[0]) + sector);
-    }
+    const int32_t thread = threadIdx.x % kWarpgroup;
+    const int32_t number = thread / kRowThreads;
+    const int32_t quad = number / 4;
+    const int32_t pair = thread % kRowThreads * kOwnPairs;
+    const uint16_t* const from = row_queries(task, quad, number % 4);
+    const bool there = from != nullptr;
+    uint32_t raw[2][kOwnPairs / 2];  // first halves, second ones
 #pragma unroll
-    for (int n = 0; n < kWarpQuads; ++n) {
-      const uint16_t* const from = row_queries(task, quad_of(n));
-      const float* const scales = key_scales(task, quad_of(n), args.p.k.slices[0]);
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        first_scales[n][i] = from != nullptr ? *reinterpret_cast<const float2*>(scales + pair_of(i))
-                                             : make_float2(0.0F, 0.0F);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto* const pair = from + pair_of(i % 2) + i / 2 * kPairs;
-        raw[n][i] = from != nullptr ? *reinterpret_cast<const uint32_t*>(pair) : 0;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kWarpQuads; ++n) {
-      const int32_t quad = quad_of(n);
-      float most = 0.0F;
-      float most_a = 0.0F;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 y = floats_of(raw[n][i]);
-        most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 two = first_scales[n][i];
-        most_a = fmaxf(most_a, fmaxf(fabsf(two.x), fabsf(two.y)));
-      }
-      if (quad < quads_of(task)) {
-#pragma unroll 1
-        for (int32_t slice = 1; slice < args.p.k.count; ++slice) {
-          const float* const scales = key_scales(task, quad, args.p.k.slices[slice]);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 two = *reinterpret_cast<const float2*>(scales + pair_of(i));
-            most_a = fmaxf(most_a, fmaxf(fabsf(two.x), fabsf(two.y)));
-          }
+      for (int i = 0; i < kOwnPairs / 2; ++i) {
+        raw[half][i] = 0;
+        if (there) {
+          raw[half][i] = *reinterpret_cast<const uint32_t*>(from + half * kPairs + pair + i * 2);
         }
       }
-      most = max_over_lanes<4>(most);
-      most_a = max_over_lanes<4>(most_a);
-      if (lane < 16 && lane % 4 == 0) {
-        scratch.largest[quad * 4 + row_in_quad()][warp % kItems] = make_float2(most, most_a);
+    }
+    float most_a = 0.0F;
+#pragma unroll 1
+    for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+      const float* const scales = key_scales(task, quad, args.p.k.slices[slice]) + pair;
+#pragma unroll
+      for (int i = 0; i < kOwnPairs; i += 2) {
+        if (there) most_a = larger(most_a, *reinterpret_cast<const float2*>(scales + i));
       }
     }
-    sync();
-    const int thread = threadIdx.x % kWarpgroup;
-    if (thread < kBlockRows) {
-      float2 most = make_float2(0.0F, 0.0F);
-      for (int item = 0; item < kItems; ++item) {
-        most.x = fmaxf(most.x, scratch.largest[thread][item].x);
-        most.y = fmaxf(most.y, scratch.largest[thread][item].y);
-      }
-      const PowerOfTwo q = PowerOfTwo::below(most.x);
-      const PowerOfTwo a = PowerOfTwo::below(most.y);
-      // A negative factor of the scores, too, is the queries'.
-      scratch.query_factor[thread] =
-          make_float2(copysignf(q.inverse(0), args.p.scaling), a.inverse(0));
-      scratch.score_factor[thread] =
+    float most = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kOwnPairs / 2; ++i) {
+      most = larger(larger(most, floats_of(raw[0][i])), floats_of(raw[1][i]));
+    }
+    const PowerOfTwo q = PowerOfTwo::below(max_over_lanes<kRowThreads>(most));
+    const PowerOfTwo a = PowerOfTwo::below(max_over_lanes<kRowThreads>(most_a));
+    sync();  // what is written below may be in use still
+    if (thread % kRowThreads == 0) {
+      scratch.score_factor[number] =
           fabsf(args.p.scaling) * kLog2E * q.value(0) * a.value(kKeyExponent);
-      const int32_t row = first_row(task, thread / 4) + thread % 4;
-      const bool there = thread < quads_of(task) * 4 && row < args.head_rows;
+      const int32_t row = first_row(task, quad) + number % 4;
       // The last lane's may be in use still.
-      scratch.rows[task.lane_parity][thread] = {
-          args.by_q_len.remainder(row),
-          there ? head_of(task, thread / 4) * args.head_rows + row : -1};
+      scratch.rows[task.lane_parity][number] = {
+          args.by_q_len.remainder(row), there ? head_of(task, quad) * args.head_rows + row : -1};
     }
-    sync();
-#pragma unroll
-    for (int n = 0; n < kWarpQuads; ++n) {
-      const int32_t quad = quad_of(n);
-      if (quad >= quads_of(task)) break;
-      const float2 factors = scratch.query_factor[quad * 4 + row_in_quad()];
+    if (!there) return;
+    // A negative factor of the scores, too, is the queries'.
+    const float query_factor = copysignf(q.inverse(0), args.p.scaling);
+    const int32_t at = pair / 16 * 256 + number % 4 * 64 + pair % 8 / 2 * 16 + pair / 8 % 2 * 4;
 #pragma unroll 1
-      for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
-        const LatentSlice& s = args.p.k.slices[slice];
-        const float* const scales = key_scales(task, quad, s);
-        const float factor = factors.y * (s.packed ? kPackedFactor : 1.0F);
-        uint32_t words[4];
+    for (int32_t slice = 0; slice < args.p.k.count; ++slice) {
+      const LatentSlice& s = args.p.k.slices[slice];
+      const float* const scales = key_scales(task, quad, s) + pair;
+      const float factor = a.inverse(0) * (s.packed ? kPackedFactor : 1.0F);
+      uint8_t* const out = scaled_queries(slice, quad) + at;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const auto* const pair = reinterpret_cast<const float2*>(scales + pair_of(i));
-          float2 two = *pair;
-          const float2 other = pair[kPairs / 2];
-          // The channels of a RoPE pair are rotated as integers: no result without a common scale.
-          if (two.x != other.x || two.y != other.y) two.x = NAN;
+      for (int i = 0; i < kOwnPairs / 2; ++i) {
+        float2 two = *reinterpret_cast<const float2*>(scales + i * 2);
+        const float2 other = *reinterpret_cast<const float2*>(scales + i * 2 + kPairs);
+        // The channels of a RoPE pair are rotated as integers: no result without a common scale.
+        if (two.x != other.x || two.y != other.y) two.x = NAN;
 #pragma unroll
-          for (int j = i; j < 4; j += 2) {
-            const float2 y = floats_of(raw[n][j]);
-            words[j] =
-                pack_half2(y.x * factors.x * (two.x * factor), y.y * factors.x * (two.y * factor));
-          }
-        }
-        if (lane < 16) {
-          *scaled_queries(slice, quad) = make_uint4(words[0], words[1], words[2], words[3]);
+        for (int half = 0; half < 2; ++half) {
+          const float2 y = floats_of(raw[half][i]);
+          *reinterpret_cast<uint32_t*>(out + i * 16 + half * 8) = pack_half2(
+              y.x * query_factor * (two.x * factor), y.y * query_factor * (two.y * factor));
         }
       }
     }
-    // Read after turn_queries()'s own barrier.
   }
 
   // Queries of the lane turned back by a tile's first position, and for the upper half of the
@@ -292,11 +234,10 @@ struct WeightMaker {
         queries_at.stage() * args.plan.heads * args.plan.quads * kSteps * kQueryStepBytes +
         warp % kItems / 2 * kQueryStepBytes + operand_row * 128 + lane % 4 * 4;
     const int32_t quads = quads_of(task);
-#pragma unroll
-    for (int n = 0; n < kWarpQuads; ++n) {
-      const int32_t quad = quad_of(n);
-      if (quad >= quads) break;
-      const uint4 scaled = *scaled_queries(slice, quad);
+#pragma unroll 1
+    for (int32_t quad = first_quad(); quad < quads; quad += kQuadsApart) {
+      const uint4 scaled = *reinterpret_cast<const uint4*>(scaled_queries(slice, quad) +
+                                                           warp % kItems * 256 + lane % 16 * 16);
       const float2 x[2] = {half2_floats(scaled.x), half2_floats(scaled.y)};
       const float2 y[2] = {half2_floats(scaled.z), half2_floats(scaled.w)};
       uint32_t words[4];
@@ -340,7 +281,7 @@ struct WeightMaker {
     return first.y >= task.first_token + kSplitTokens && last.x <= task.first_token;
   }
 
-  __device__ __forceinline__ void take_scores(int32_t tiles, int32_t quads,
+  __device__ __forceinline__ void take_scores(int32_t tiles, int32_t quads, bool real,
                                               float (&y)[kMaxQuads][kLaneTokens]) {
     const auto* const all = reinterpret_cast<const float*>(block.storage + args.plan.shared.scores);
     const int32_t stage_floats = args.plan.heads * args.plan.quads * 4 * kTileTokens;
@@ -349,7 +290,7 @@ struct WeightMaker {
 #pragma unroll
       for (int quad = 0; quad < kMaxQuads; ++quad) {
         float4 four = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-        if (tile < tiles && quad < quads) {
+        if (tile < tiles && quad < quads && real) {
           four = *reinterpret_cast<const float4*>(
               &all[scores_at.stage() * stage_floats + score_at(quad * 4 + warp, lane * 4)]);
         }
@@ -358,7 +299,7 @@ struct WeightMaker {
         y[quad][tile * 4 + 2] = four.z;
         y[quad][tile * 4 + 3] = four.w;
       }
-      if (tile < tiles) {
+      if (tile < tiles && real) {
         ptx::mbarrier_arrive(scores.empty_at(scores_at));
         scores_at.next();
       }
@@ -371,12 +312,14 @@ struct WeightMaker {
   }
 
   // Scores of a split, waited for -> exponentials and their statistics, and, times the token scales
-  // of each slice of values, weights in float16. `factors`: of the scores of this lane's row.
+  // of each slice of values, weights in float16. `factors`: of the scores of this lane's row. With
+  // !real nothing of it is told to anyone: see Note [First time].
   template <bool kAll>
-  __device__ __forceinline__ void weigh(const Task& task, float factors) {
+  __device__ __forceinline__ void weigh(const Task& task, float factors, uint32_t parity,
+                                        bool real) {
     const int32_t quads = quads_of(task);
     float y[kMaxQuads][kLaneTokens];
-    take_scores(task.tiles(), quads, y);
+    take_scores(task.tiles(), quads, real, y);
     // Quads at once also where one is absent: that takes no longer, and no branch parts them.
 #pragma unroll
     for (int first = 0; first < kMaxQuads; first += kAtOnce) {
@@ -418,30 +361,31 @@ struct WeightMaker {
         const int row = (first + i) * 4 + warp;
         const int2 seen = kAll ? make_int2(0, kSplitTokens) : seen_by(task, row);
         const bool any = max(seen.x, 0) < min(seen.y, kSplitTokens);
-        if (lane == 0) {
+        if (ptx::lane_number() == 0) {
           block.scratch().stats[row] = make_float2(any ? most[i] : -INFINITY, total[i]);
         }
       }
     }
     __syncwarp();
-    store_stats(task);
+    if (real) store_stats(task);
     __syncwarp();  // before the next split's are written
-    ptx::mbarrier_wait_parity(weights.empty, weights_parity ^ 1);
+    if (real) ptx::mbarrier_wait_parity(weights.empty, parity ^ 1);
 #pragma unroll 1
     for (int32_t slice = 0; slice < args.p.v.count; ++slice) store_weights<kAll>(task, slice, y);
+    if (!real) return;
     ptx::fence_proxy_async();
     ptx::mbarrier_arrive(weights.full);
-    weights_parity ^= 1;
   }
 
   // A lane a row of the warp's.
   __device__ __forceinline__ void store_stats(const Task& task) const {
-    if (lane >= kMaxQuads) return;
+    const int32_t number = lane * 4 + warp;
+    if (number >= quads_of(task) * 4) return;
     const WeightScratch& scratch = block.scratch();
-    const int32_t row = scratch.rows[task.lane_parity][lane * 4 + warp].group_row;
-    if (lane >= quads_of(task) || row < 0) return;
+    const int32_t row = scratch.rows[task.lane_parity][number].group_row;
+    if (row < 0) return;
     const int64_t at = args.partials.index(task.b * args.p.groups + task.group, task.split, row);
-    args.partials.stats[at] = scratch.stats[lane * 4 + warp];
+    args.partials.stats[at] = scratch.stats[number];
   }
 
   template <bool kAll>
@@ -495,7 +439,7 @@ struct WeightMaker {
                                   chunk * 16) =
             make_uint2(pack_half2(z[0], z[1]), pack_half2(z[2], z[3]));
       }
-      if (lane == 0) {
+      if (ptx::lane_number() == 0) {
         scratch.row_factor[slice][row] =
             power.value(-kWeightExponent) * (s.packed ? kPackedFactor : 1.0F);
       }
@@ -503,7 +447,6 @@ struct WeightMaker {
   }
 
   __device__ __forceinline__ void run() {
-    prefetch_queries();
     if (threadIdx.x % kWarpgroup < kPairs) {
       const int pair = threadIdx.x % kWarpgroup;
       block.scratch().inv_freq[pair] = args.p.inv_freq[pair];
@@ -517,23 +460,22 @@ struct WeightMaker {
     bool ahead_is_next = false;
     int32_t ahead_tile = 0;
     int32_t ahead_slice = 0;
-    int32_t loaded_row = -1;
-    int32_t loaded_lane = -1;
+    int32_t loaded = -1;    // a row, and whether its lane is of even or odd number
     float factors[2] = {};  // of this lane's row, of the task that is weighed and the next one
     // Does nothing where there are no more tasks.
     const auto turn_next = [&] {
       ring.wait_full(ahead_at);
       const Task& task = tasks[ahead_at.stage];
       if (task.stop != 0) return;
-      if (loaded_row != task.b || loaded_lane != task.lane_parity) {
+      if (const int32_t wanted = task.b * 2 + task.lane_parity; loaded != wanted) {
         load_queries(task);
-        loaded_row = task.b;
-        loaded_lane = task.lane_parity;
+        loaded = wanted;
       }
+      turn_queries(task, ahead_tile, ahead_slice);
+      // Its barrier is behind the loading of the row's queries as well.
       const float factor = block.scratch().score_factor[lane % kBlockRows];
       factors[0] = ahead_is_next ? factors[0] : factor;
       factors[1] = ahead_is_next ? factor : factors[1];
-      turn_queries(task, ahead_tile, ahead_slice);
       if (++ahead_slice < args.p.k.count) return;
       ahead_slice = 0;
       if (++ahead_tile < task.tiles()) return;
@@ -553,22 +495,24 @@ struct WeightMaker {
         next.next(kTasks);
         return next.stage;
       };
-      bool there = false;
+      bool there = false;  // the scores
       for (int32_t more = 1;;) {
         if (!ahead_is_next || (more > 0 && ahead_at.stage == next_place())) {
           more -= ahead_is_next;
           turn_next();
           continue;
         }
-        if (there) break;
+        if (there || scores_at.count == 0) {
+          if (all_seen(task)) {
+            weigh<true>(task, factors[0], at.stage % 2, there);
+          } else {
+            weigh<false>(task, factors[0], at.stage % 2, there);
+          }
+          if (there) break;
+        }
         wait_for_scores(task.tiles());
         there = true;
         more = 1;
-      }
-      if (all_seen(task)) {
-        weigh<true>(task, factors[0]);
-      } else {
-        weigh<false>(task, factors[0]);
       }
       factors[0] = factors[1];
       ahead_is_next = ahead_at.stage != next_place();

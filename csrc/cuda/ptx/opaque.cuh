@@ -9,6 +9,13 @@ namespace int8_ops::ptx {
 // registers. No instruction.
 __device__ __forceinline__ void make_opaque(int32_t& value) { asm volatile("" : "+r"(value)); }
 
+// This thread's number in its warp, asked for anew: no register holds it meanwhile.
+__device__ __forceinline__ uint32_t lane_number() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // The same of several, at this place among the other volatile statements.
 template <int kCount>
 __device__ __forceinline__ void touch(float (&values)[kCount]) {
