@@ -236,7 +236,7 @@ def why_no_hopper() -> str:
 def hopper_cases() -> Iterator[Outcome]:
     """Every tile and source of rows, a pass before or not; the ring of stages goes round."""
     if why_no_hopper():
-        print(f"left out: the paths resident, stream and stationary; {why_no_hopper()}")
+        print(f"left out: the paths for Hopper; {why_no_hopper()}")
         return
     build = _extension.build_info.require()
     multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
@@ -276,6 +276,14 @@ def hopper_cases() -> Iterator[Outcome]:
         rows = 64 * multiprocessors // tile["cluster"] * 5
         for source in (None, torch.half):
             yield from forced(f"stationary:{index}:1", rows, 24, 128 * tile["cluster"], source, 1)
+    for index, tile in enumerate(build.panel_tiles()):
+        # Blocks without rows, columns that are not there, more blocks than run at once.
+        rows, cols = tile["rows"], tile["cols"]
+        for variant, source in enumerate(SOURCES):
+            yield from forced(f"panel:{index}:1", rows + 3, 2 * cols + 3, 496, source, variant)
+            yield from forced(f"panel:{index}:1", 77, cols + 8, 144, source, variant + 1)
+        columns = (2 * multiprocessors + 3) * cols
+        yield from forced(f"panel:{index}:1", 1, columns, 512, torch.bfloat16, index)
 
 
 def linear_cases() -> Iterator[Outcome]:

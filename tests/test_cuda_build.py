@@ -116,6 +116,13 @@ def skinny_kernels(names: Iterable[str]) -> dict[tuple[int, str], str]:
     return {(int(hit.group(1)), hit.group(2)): name for name, hit in found.items() if hit}
 
 
+def panel_kernels(names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """(tile, T of the rows) -> mangled name."""
+    pattern = r"panel_kernelILi(\d+)E(.+?)EEvNS"
+    found = {name: re.search(pattern, name) for name in names}
+    return {(int(hit.group(1)), hit.group(2)): name for name, hit in found.items() if hit}
+
+
 def whole(registers: int) -> int:
     """As the hardware hands them out, a thread."""
     return -(-registers // 8) * 8
@@ -220,6 +227,22 @@ def test_the_stationary_kernel_is_compiled(arch: str, k_blocks: int, compiled: d
             assert count >= 128, name
         else:
             assert count <= 32, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_panel_tile_is_compiled(arch: str, compiled: dict) -> None:
+    """And so many blocks fit a multiprocessor as the tile says; without sm_90a it is empty."""
+    registers = compiled["sm90/panel.cu", arch].kernels()
+    kernels = panel_kernels(registers)
+    tiles = BUILD.panel_tiles()
+    assert set(kernels) == {(i, source) for i in range(len(tiles)) for source in SKINNY_SOURCES}
+    assert len(registers) == len(kernels)
+    for (index, _), name in kernels.items():
+        if arch == "sm_90a":
+            threads = tiles[index]["threads"] * tiles[index]["blocks_per_sm"]
+            assert whole(registers[name]) * threads <= REGISTERS_PER_SM, name
+        else:
+            assert registers[name] <= 32, name
 
 
 # ---- the built library --------------------------------------------------------------------------
@@ -356,6 +379,17 @@ def test_hopper_multiplies_by_wgmma(path: str, sass: dict[str, dict[str, str]]) 
             assert shapes == {f"IGMMA.64x{width}x32.S8.S8"}, where
             assert re.search(r"\bUTMALDG\.2D", code), where
             assert bool(re.search(r"\bFFMA\b", code)) == (source != 0), where  # to quantize
+
+
+def test_panel_multiplies_by_wgmma(sass: dict[str, dict[str, str]]) -> None:
+    for arch, kernels in sass.items():
+        found = panel_kernels(kernels)
+        assert len(found) == len(BUILD.panel_tiles()) * len(SKINNY_SOURCES), arch
+        for (index, _), name in found.items():
+            shapes = set(re.findall(r"\bIGMMA\.\S+?(?=\s)", kernels[name]))
+            width = BUILD.panel_tiles()[index]["rows"]
+            expected = {f"IGMMA.64x{width}x32.S8.S8"} if arch == "sm_90a" else set()
+            assert shapes == expected, f"{arch}: {name}"
 
 
 def test_library_links_no_gemm_library(library: Path) -> None:

@@ -1,7 +1,7 @@
 """The CUDA kernels bit for bit: every tile, split, width and alignment; streams, graphs, threads.
 
 test_backends.py tries the ops as the heuristics run them; here each tile of the path sm80 is
-forced. test_skinny.py and test_hopper.py force those of the other paths.
+forced. test_skinny.py, test_hopper.py and test_panel.py force those of the other paths.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def serving_tile(path: str, m: int, n: int, k: int, x_bytes: int) -> int:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_by_its_name(path: str) -> None:
     """The heuristics choose within it; a pass is printed, and forced where a plan asks for it."""
-    if path in ("resident", "stream", "stationary") and not has_hopper():
+    if path in ("resident", "stream", "stationary", "panel") and not has_hopper():
         pytest.skip("needs capability 9.0 and a build for 9.0a")
     tile = serving_tile(path, 16, 16, 512, x_bytes=2)
     code = f"""

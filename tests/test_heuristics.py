@@ -27,12 +27,16 @@ NUM_TILES = {
     "resident": len(BUILD.resident_tiles()),
     "stream": len(BUILD.stream_tiles()),
     "stationary": len(BUILD.stationary_tiles()),
+    "panel": len(BUILD.panel_tiles()),
 }
-HOPPER = ("resident", "stream", "stationary")
+HOPPER = ("resident", "stream", "stationary", "panel")
 STATIONARY_TILES = BUILD.stationary_tiles()
 MAX_STATIONARY_K = STATIONARY_TILES[0]["max_k"]
 MAX_RESIDENT_K = 1024
 MAX_SKINNY_ROWS = 256
+PANEL_TILES = BUILD.panel_tiles()
+MAX_PANEL_K = PANEL_TILES[0]["max_k"]
+MAX_PANEL_ROWS = PANEL_TILES[0]["max_rows"]
 X_BYTES = (0, 2, 4)
 
 # Multiprocessors, the shared memory that a block may opt into, and capability 9.0. An H200 is the
@@ -58,25 +62,25 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 256, 4096): "stationary cluster 8",
         (32768, 512, 4096): "stationary cluster 1 after quantize",
         (32768, 1024, 4096): "stationary cluster 1 after quantize",
-        (1, 512, 1024): "skinny 8x16 warps 1x8 steps 8",
-        (128, 512, 4096): "skinny 32x128 warps 8x2 steps 4",
+        (1, 512, 1024): "panel 8x32 cluster 1",
+        (128, 512, 4096): "panel 32x128 cluster 2",
         (1, 4096, 14336): "skinny 8x16 warps 1x4 steps 8",
         (256, 4096, 4096): "stream 128x64x128 cluster 2x1 after quantize",
         (8192, 4096, 14336): "stream 128x256x128 cluster 2x1",
         (8192, 14336, 4096): "stream 128x256x128 cluster 2x1 after quantize",
-        (2, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (4, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (8, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (16, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (32, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (64, 512, 1024): "skinny 8x32 warps 2x8 steps 8",
-        (1, 512, 4096): "skinny 8x32 warps 2x8 steps 8",
-        (2, 512, 4096): "skinny 8x32 warps 2x8 steps 8",
-        (4, 512, 4096): "skinny 8x32 warps 2x8 steps 8",
-        (8, 512, 4096): "skinny 8x32 warps 2x8 steps 8",
-        (16, 512, 4096): "skinny 8x32 warps 2x8 steps 8",
-        (32, 512, 4096): "skinny 8x16 warps 1x8 steps 8",
-        (64, 512, 4096): "sm80 32x64x256 warps 1x2x2 stages 3 split 1 after quantize",
+        (2, 512, 1024): "panel 8x32 cluster 1",
+        (4, 512, 1024): "panel 8x32 cluster 1",
+        (8, 512, 1024): "panel 8x32 cluster 1",
+        (16, 512, 1024): "panel 8x32 cluster 1",
+        (32, 512, 1024): "panel 8x32 cluster 1",
+        (64, 512, 1024): "panel 8x64 cluster 2",
+        (1, 512, 4096): "panel 8x32 cluster 1",
+        (2, 512, 4096): "panel 8x32 cluster 1",
+        (4, 512, 4096): "panel 8x32 cluster 1",
+        (8, 512, 4096): "panel 8x32 cluster 1",
+        (16, 512, 4096): "panel 8x64 cluster 2",
+        (32, 512, 4096): "panel 16x64 cluster 2",
+        (64, 512, 4096): "panel 16x64 cluster 2",
         (1, 4096, 4096): "skinny 8x16 warps 1x4 steps 8",
         (2, 4096, 4096): "skinny 8x16 warps 1x8 steps 8",
         (4, 4096, 4096): "skinny 8x16 warps 1x8 steps 8",
@@ -109,25 +113,25 @@ GOLDEN: dict[int, dict[tuple[int, int, int], str]] = {
         (32768, 256, 4096): "stationary cluster 1",
         (32768, 512, 4096): "stationary cluster 1",
         (32768, 1024, 4096): "stationary cluster 1",
-        (1, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (128, 512, 4096): "sm80 64x64x128 warps 2x2x1 stages 4 split 1",
+        (1, 512, 1024): "panel 8x32 cluster 1",
+        (128, 512, 4096): "panel 32x128 cluster 2",
         (1, 4096, 14336): "sm80 16x64x256 warps 1x2x2 stages 4 split 1",
         (256, 4096, 4096): "stream 128x64x128 cluster 2x1",
         (8192, 4096, 14336): "stream 128x256x128 cluster 2x1",
         (8192, 14336, 4096): "stream 128x256x128 cluster 2x1",
-        (2, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (4, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (8, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (16, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (32, 512, 1024): "skinny 8x16 warps 1x4 steps 8",
-        (64, 512, 1024): "skinny 16x32 warps 2x8 steps 8",
-        (1, 512, 4096): "skinny 8x16 warps 1x4 steps 8",
-        (2, 512, 4096): "skinny 8x16 warps 1x4 steps 8",
-        (4, 512, 4096): "skinny 8x16 warps 1x4 steps 8",
-        (8, 512, 4096): "skinny 8x16 warps 1x4 steps 8",
-        (16, 512, 4096): "sm80 16x32x512 warps 1x1x4 stages 4 split 1",
-        (32, 512, 4096): "skinny 32x32 warps 2x8 steps 3",
-        (64, 512, 4096): "sm80 32x64x256 warps 1x2x2 stages 3 split 1",
+        (2, 512, 1024): "panel 8x32 cluster 1",
+        (4, 512, 1024): "panel 8x32 cluster 1",
+        (8, 512, 1024): "panel 8x32 cluster 1",
+        (16, 512, 1024): "panel 8x32 cluster 1",
+        (32, 512, 1024): "panel 8x32 cluster 1",
+        (64, 512, 1024): "panel 16x64 cluster 2",
+        (1, 512, 4096): "panel 8x32 cluster 1",
+        (2, 512, 4096): "panel 8x32 cluster 1",
+        (4, 512, 4096): "panel 16x64 cluster 2",
+        (8, 512, 4096): "panel 16x64 cluster 2",
+        (16, 512, 4096): "panel 16x64 cluster 2",
+        (32, 512, 4096): "panel 16x64 cluster 2",
+        (64, 512, 4096): "panel 16x64 cluster 2",
         (1, 4096, 4096): "sm80 16x32x512 warps 1x1x4 stages 4 split 1",
         (2, 4096, 4096): "sm80 16x32x512 warps 1x1x4 stages 4 split 1",
         (4, 4096, 4096): "sm80 16x32x512 warps 1x1x4 stages 4 split 1",
@@ -275,7 +279,11 @@ def test_every_plan_can_run(device: str, kind: str, x_bytes: int) -> None:
                 assert needed <= shared_limit, where
             else:
                 assert sm90, where
-                assert wide, where
+                assert wide or path == "panel", where
+            if path == "panel":
+                assert m <= MAX_PANEL_ROWS, where
+                assert k <= MAX_PANEL_K, where
+                assert not plan["pass"], where
             if path == "resident":
                 assert k <= MAX_RESIDENT_K, where
                 assert not plan["pass"], where
@@ -302,6 +310,8 @@ def test_every_path_that_can_run_is_offered(device: str, kind: str, x_bytes: int
         fits = min(t["shared_bytes"] for t in BUILD.skinny_tiles(m=m, k=k)) <= DEVICES[device][1]
         if aligned and m <= MAX_SKINNY_ROWS and fits:
             expected.add("skinny")
+        if aligned and DEVICES[device][2] and m <= MAX_PANEL_ROWS and k <= MAX_PANEL_K:
+            expected.add("panel")
         if aligned and wide and DEVICES[device][2]:
             expected.add("stream")
             if k <= MAX_RESIDENT_K:
@@ -315,10 +325,15 @@ def test_every_path_that_can_run_is_offered(device: str, kind: str, x_bytes: int
 
 
 @pytest.mark.parametrize(
-    ("path", "longest"), [("resident", MAX_RESIDENT_K), ("stationary", MAX_STATIONARY_K)]
+    ("path", "longest", "most_rows"),
+    [
+        ("resident", MAX_RESIDENT_K, max(SWEEP_M)),
+        ("stationary", MAX_STATIONARY_K, max(SWEEP_M)),
+        ("panel", MAX_PANEL_K, MAX_PANEL_ROWS),
+    ],
 )
-def test_a_path_stops_at_its_longest_rows(path: str, longest: int) -> None:
-    for m in SWEEP_M:
+def test_a_path_stops_at_its_longest_rows(path: str, longest: int, most_rows: int) -> None:
+    for m in (m for m in SWEEP_M if m <= most_rows):
         paths = [
             {plan["path"] for plan in rank(m, 4096, k, x_bytes=2)} for k in (longest, longest + 16)
         ]
@@ -377,6 +392,9 @@ def test_text_names_the_plan(x_bytes: int) -> None:
                     t = stream[index]
                     pattern = f"{t['block_m']}x{t['block_n']}x{t['block_k']} "
                     pattern += f"cluster {t['cluster_m']}x{t['cluster_n']}"
+                case "panel":
+                    t = PANEL_TILES[index]
+                    pattern = f"{t['rows']}x{t['cols']} cluster {t['cluster']}"
                 case "stationary":
                     pattern = f"cluster {BUILD.stationary_tiles()[index]['cluster']}"
             suffix = " after quantize" if plan["pass"] else ""
@@ -578,6 +596,19 @@ def test_stationary_tile_fits(tile: int) -> None:
             assert columns * row_bytes <= buffers, (n, k, t)
             scales = t["row_buffers"] * t["block_m"] * 2 * 4
             assert buffers + scales + columns * 8 < t["shared_bytes"] <= limit, (n, k, t)
+
+
+@pytest.mark.parametrize("t", PANEL_TILES, ids=lambda t: f"{t['rows']}x{t['cols']}")
+def test_panel_tile_geometry(t: dict) -> None:
+    warps = t["threads"] // 32
+    assert t["rows"] in (8, 16, 32)  # the n of a wgmma
+    assert t["rows"] % warps == 0
+    assert t["cols"] % 16 == 0
+    assert t["cols"] // 16 <= warps
+    assert t["cols"] // t["cluster"] % warps == 0
+    # All of the rows and of w, and as many blocks a multiprocessor as the tile says.
+    assert t["shared_bytes"] > (t["rows"] + t["cols"]) * t["max_k"]
+    assert t["blocks_per_sm"] * (t["shared_bytes"] + 1024) <= DEVICES["H100"][1] + 1024
 
 
 def check_shared(t: dict, k: int, resident_rows: int, stage_rows: int = 0) -> None:

@@ -451,12 +451,13 @@ PLANS = {
     **{f"stream:{t}:1:pass": (1000, 528, 1024) for _, t in STREAM},
     **{f"stationary:{t}:1": (9000, 112 << t, 128 << t) for _, t in STATIONARY},
     **{f"stationary:{t}:1:pass": (1000, 496, 1024) for _, t in STATIONARY},
+    **{f"panel:{t}:1": (77, 496, 512) for t in range(len(BUILD.panel_tiles()))},
 }
 every_plan = pytest.mark.parametrize(("plan", "shape"), PLANS.items(), ids=list(PLANS))
 
 
 def skip_where_absent(plan: str) -> None:
-    if plan.startswith(("resident", "stream", "stationary")) and NO_HOPPER:
+    if plan.startswith(("resident", "stream", "stationary", "panel")) and NO_HOPPER:
         pytest.skip(NO_HOPPER)
 
 
@@ -561,7 +562,7 @@ from test_hopper import Chain, equal
 device = torch.device("cuda", 0)
 m, n, k = {shape}
 # As many rows as fill the device, and fewer.
-rows = m if {plan!r}.startswith("skinny") else 9000
+rows = m if {plan!r}.startswith(("skinny", "panel")) else 9000
 chains = [Chain(rows if i % 2 else m, n, k, device, seed=i) for i in range(4)]
 for chain in chains:
     chain.compute(torch.ops.int8_ops)

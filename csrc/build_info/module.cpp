@@ -12,6 +12,7 @@
 #include "../cpu/isa.h"
 #include "../cuda/arch_list.h"
 #include "../cuda/heuristics/gemm_heuristics.h"
+#include "../cuda/heuristics/panel_tiles.h"
 #include "../cuda/heuristics/skinny_tiles.h"
 #include "../cuda/heuristics/sm90_tiles.h"
 
@@ -226,6 +227,20 @@ PyObject* stationary_tiles(PyObject*, PyObject* args, PyObject* keywords) {
   return list;
 }
 
+PyObject* panel_tiles(PyObject*, PyObject*) {
+  using int8_ops::cuda::PanelTile;
+  PyObject* list = PyList_New(0);
+  for (const PanelTile& tile : int8_ops::cuda::kPanelTiles) {
+    PyObject* item = Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "rows", tile.rows, "cols",
+                                   tile.cols, "cluster", tile.cluster, "threads",
+                                   PanelTile::kThreads, "blocks_per_sm", PanelTile::kBlocksPerSm,
+                                   "shared_bytes", tile.shared_bytes(), "max_k", PanelTile::kMaxK,
+                                   "max_rows", static_cast<int>(int8_ops::cuda::kMaxPanelRows));
+    if (!append_new(list, item)) break;
+  }
+  return list;
+}
+
 // Empty, or the sentence that says why a device of (major, minor) can't run the compiled archs.
 PyObject* why_not_runnable(PyObject*, PyObject* args) {
   const char* archs = nullptr;
@@ -264,6 +279,9 @@ PyMethodDef kMethods[] = {
      "tiles of columns a block holds of n, how many clusters that takes, and how many tiles of "
      "rows "
      "fit beside them; k above max_k counts as max_k."},
+    {"panel_tiles", panel_tiles, METH_NOARGS,
+     "Geometry of every tile of the path panel, and the most rows and the longest K that it "
+     "takes."},
     {"rank_gemm_plans", with_keywords(rank_gemm_plans), kKeywords,
      "(m, n, k, out_bytes, sm_count, shared_bytes, aligned=True, wide=True, sm90=False, x_bytes=0) "
      "-> plans for a CUDA matmul, cheapest first.\n\n"

@@ -200,6 +200,8 @@ void matmul(MatmulParams& p) {
       return sm90::stream(p, plan.tile, device);
     case GemmPath::kStationary:
       return sm90::stationary(p, plan.tile, device);
+    case GemmPath::kPanel:
+      return sm90::panel(p, plan.tile);
   }
 }
 

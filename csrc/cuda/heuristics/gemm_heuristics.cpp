@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "panel_tiles.h"
 #include "skinny_cost.h"
 
 namespace int8_ops::cuda {
@@ -77,6 +78,9 @@ double sm80_cost(const GemmProblem& p, const DeviceFacts& device, const GemmTile
 //   after the other, each as long as its products or its epilogue take.
 //   - stationary: a tile of rows after the other, each as long as its products with the block's
 //   columns or the quantization of a block's share take; the bytes hide behind that in part.
+//   - panel: a launch and one chain of steps, longer with more rows a block; the bytes of the
+//   device and those that cross from L2 hide behind that in part. More blocks than run at once
+//   wait.
 //   - x quantized beside the products: as fast as the helping warps are, and a late start.
 //   - x quantized in a pass before: a launch of which little hides, and its bytes.
 constexpr double kSm90LaunchCycles = 3600;
@@ -190,6 +194,43 @@ double stationary_cost(const GemmProblem& p, const DeviceFacts& device,
          waiting * (std::max(working, moving) + kNotHidden * std::min(working, moving));
 }
 
+// A launch and a chain of steps of one block.
+constexpr double kPanelStartCycles[] = {3400, 3470, 3380, 4250};
+static_assert(sizeof(kPanelStartCycles) / sizeof(kPanelStartCycles[0]) == kNumPanelTiles,
+              "every panel tile has its measured cost");
+
+double panel_cost(const GemmProblem& p, const DeviceFacts& device, int32_t tile_index) {
+  constexpr double kRowCycles = 18;  // to quantize a row of a block
+  constexpr double kTurnCycles = 2900;
+  // Of the cycles that bytes take, what does not hide; written ones go out at the end.
+  constexpr double kReadShare = 0.81;
+  constexpr double kWrittenShare = 1.64;
+  constexpr double kL2Share = 0.37;
+  constexpr double kL2BytesPerCycle = 3200;  // to all multiprocessors
+  constexpr double kBytesPerCycle = 45;      // into one
+  const PanelTile& tile = kPanelTiles[tile_index];
+  const int64_t row_blocks = ceil_div(p.m, tile.cluster_rows()) * tile.cluster;
+  const int64_t strips = ceil_div(p.n, tile.cols);
+  const int64_t blocks = row_blocks * strips;
+  const auto share = static_cast<double>(ceil_div(blocks, device.sm_count));
+  const auto turns =
+      static_cast<double>(ceil_div(blocks, int64_t{device.sm_count} * PanelTile::kBlocksPerSm));
+  const auto k = static_cast<double>(p.k);
+  const auto x_bytes = static_cast<double>(std::max<int64_t>(p.x_bytes, 1));
+  const double x = static_cast<double>(p.m) * k * x_bytes;
+  const double w_block = tile.cols * k;  // L2 sends it once a cluster
+  const double from_l2 =
+      x * static_cast<double>(strips) + static_cast<double>(blocks) * w_block / tile.cluster;
+  const double block_rows = static_cast<double>(std::min<int64_t>(p.m, tile.rows));
+  const double into_one = share * (block_rows * k * x_bytes + w_block);
+  const double read = x + static_cast<double>(p.n * p.k);
+  const double written = static_cast<double>(p.m * p.n * p.out_bytes);
+  return kPanelStartCycles[tile_index] + (p.x_bytes > 0 ? kRowCycles * tile.rows : 0.0) +
+         kTurnCycles * (turns - 1) +
+         (kReadShare * read + kWrittenShare * written) / kDeviceBytesPerCycle +
+         kL2Share * std::max(from_l2 / kL2BytesPerCycle, into_one / kBytesPerCycle);
+}
+
 // A quantization in a pass before a matmul.
 double quantize_cost(const GemmProblem& p, GemmPath path) {
   if (p.x_bytes == 0) return 0.0;
@@ -224,6 +265,7 @@ bool is_useful_split(const GemmPlan& plan, const GemmProblem& problem) {
     case GemmPath::kSkinny:
     case GemmPath::kStream:
     case GemmPath::kStationary:
+    case GemmPath::kPanel:
       return plan.splits == 1;
   }
   return true;
@@ -246,6 +288,8 @@ int32_t num_tiles(GemmPath path) {
       return static_cast<int32_t>(kNumStreamTiles);
     case GemmPath::kStationary:
       return static_cast<int32_t>(kNumStationaryTiles);
+    case GemmPath::kPanel:
+      return static_cast<int32_t>(kNumPanelTiles);
   }
   return 0;
 }
@@ -270,6 +314,13 @@ std::string why_not_served(GemmPath path, int32_t tile, const GemmProblem& probl
   }
   if (!device.sm90) return "it needs a device of capability 9.0 and a build for 9.0a";
   if (!problem.aligned) return "it takes no rows that start unaligned";
+  if (path == GemmPath::kPanel) {
+    if (problem.m > kMaxPanelRows) return "it takes M up to " + std::to_string(kMaxPanelRows);
+    if (problem.k > PanelTile::kMaxK) {
+      return "it takes K up to " + std::to_string(PanelTile::kMaxK);
+    }
+    return "";
+  }
   if (!problem.wide) return "it takes N in multiples of 8, and 16-byte aligned tensors";
   if (path == GemmPath::kResident) {
     if (problem.k > kMaxResidentK) return "it takes K up to " + std::to_string(kMaxResidentK);
@@ -350,6 +401,10 @@ std::vector<GemmPlan> rank_gemm_plans(const GemmProblem& problem, const DeviceFa
       add(GemmPath::kStationary, t, 1, true, stationary_cost(given, device, tile));
     }
   }
+  for (int32_t t = 0; t < num_tiles(GemmPath::kPanel); ++t) {
+    if (!why_not_served(GemmPath::kPanel, t, problem, device).empty()) continue;
+    add(GemmPath::kPanel, t, 1, false, panel_cost(problem, device, t));
+  }
   if (plans.empty()) {
     throw std::runtime_error("int8_ops: no GEMM tile fits the " +
                              std::to_string(device.shared_bytes_per_block) +
@@ -383,6 +438,9 @@ std::string describe(const GemmPlan& plan) {
   } else if (plan.path == GemmPath::kStationary) {
     const StationaryTile& tile = kStationaryTiles[plan.tile];
     out << "cluster " << tile.cluster;
+  } else if (plan.path == GemmPath::kPanel) {
+    const PanelTile& tile = kPanelTiles[plan.tile];
+    out << tile.rows << 'x' << tile.cols << " cluster " << tile.cluster;
   } else {
     const StreamTile& tile = kStreamTiles[plan.tile];
     out << StreamTile::kBlockM << 'x' << tile.block_n << 'x' << StreamTile::kBlockK << " cluster "

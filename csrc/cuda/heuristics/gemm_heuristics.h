@@ -31,15 +31,15 @@ struct DeviceFacts {
 };
 
 // Whose kernels a plan names.
-enum class GemmPath : int32_t { kSm80, kSkinny, kResident, kStream, kStationary };
-inline constexpr const char* kGemmPathNames[] = {"sm80", "skinny", "resident", "stream",
-                                                 "stationary"};
-inline constexpr int32_t kNumGemmPaths = 5;
+enum class GemmPath : int32_t { kSm80, kSkinny, kResident, kStream, kStationary, kPanel };
+inline constexpr const char* kGemmPathNames[] = {"sm80",   "skinny",     "resident",
+                                                 "stream", "stationary", "panel"};
+inline constexpr int32_t kNumGemmPaths = 6;
 
 struct GemmPlan {
   GemmPath path;
   int32_t tile;    // index into the path's tiles: kGemmTiles, kSkinnyTiles, kResidentTiles,
-                   // kStreamTiles, kStationaryTiles
+                   // kStreamTiles, kStationaryTiles, kPanelTiles
   int32_t splits;  // sm80: along K, each with sums of its own; resident: parts of the columns
   bool pass;       // x is quantized in a pass before; else inside the kernel, or there is none
   double cost;     // predicted multiprocessor cycles, for comparison only

@@ -36,6 +36,16 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The same in two steps, for what was written to barriers alone (after fence_mbarrier_init()): a
+// release of everything else would wait for it. PTX ISA: barrier.cluster.arrive.relaxed.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+// PTX ISA: barrier.cluster.wait.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Barrier `id` among `threads` threads of the block; 0 is __syncthreads()'s.
 // PTX ISA: bar.sync.
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {

@@ -93,6 +93,56 @@ __device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
 }
 
+// For fewer columns of b.
+// PTX ISA: wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8, "Register Fragments".
+__device__ __forceinline__ void wgmma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint64_t b,
+                                         bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {"
+      "%0, %1, %2, %3},"
+      " {%4, %5, %6, %7}, %8, p;\n"
+      "}\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
+
+// PTX ISA: wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8, "Register Fragments".
+__device__ __forceinline__ void wgmma_s8(int32_t (&d)[8], const uint32_t (&a)[4], uint64_t b,
+                                         bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7},"
+      " {%8, %9, %10, %11}, %12, p;\n"
+      "}\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
+        "+r"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
+
+// PTX ISA: wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8, "Register Fragments".
+__device__ __forceinline__ void wgmma_s8(int32_t (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                         bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7,"
+      "%8, %9, %10, %11, %12, %13, %14, %15},"
+      " {%16, %17, %18, %19}, %20, p;\n"
+      "}\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
+        "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
+        "+r"(d[14]), "+r"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
+
 // PTX ISA: wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8.
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b,
                                          bool accumulate) {

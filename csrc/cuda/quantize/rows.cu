@@ -16,6 +16,9 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+// So many run at once. In a larger grid the successor's blocks take the place of its last ones:
+// [32768, 512] after [32768, 512] then takes 24.1 us instead of 19.6.
+constexpr unsigned kFewBlocks = 256;
 
 // Resident blocks a multiprocessor, so that device memory always has loads to serve: as many as
 // leave room for a thread's chunks in registers (measured: one step more spills, and costs a
@@ -72,6 +75,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm<T>(kChunksPerThread))
   float amax = 0.0F;
 #pragma unroll
   for (int i = 0; i < kChunksPerThread; ++i) amax = ptx::max_nan_f32(amax, chunks[i].amax());
+  // The rows have arrived, and all blocks run: what follows is short.
+  if (gridDim.x <= kFewBlocks) ptx::grid_dependency_trigger();
   const RowFactor f = RowFactor::from_amax<T>(row_amax<kThreadsPerRow>(amax, scratch));
   if (!in_range) return;
 

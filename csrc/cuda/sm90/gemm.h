@@ -25,4 +25,8 @@ int64_t stream_workspace_bytes(const MatmulParams& p);
 void stationary(const MatmulParams& p, int32_t tile, const DeviceFacts& device);
 int64_t stationary_workspace_bytes(const MatmulParams& p, int32_t tile, const DeviceFacts& device);
 
+// Few rows and short K in one launch; with p.x set they are quantized on the way. Takes no
+// workspace. k at most PanelTile::kMaxK.
+void panel(const MatmulParams& p, int32_t tile);
+
 }  // namespace int8_ops::cuda::sm90

@@ -9,9 +9,11 @@
 namespace int8_ops::cuda::sm90 {
 
 // kPasses passes of 32 / kLanes rows; kLanes neighbouring lanes share a row of up to
-// kLanes * kChunks * 8 values.
-template <typename T, int kLanes, int kChunks, int kPasses>
+// kLanes * kChunks * 8 values. kRedux: the largest value of a warp's row is found by one
+// instruction, which is less code than shuffles; it counts where code runs once.
+template <typename T, int kLanes, int kChunks, int kPasses, bool kRedux = false>
 struct RowRound {
+  static_assert(!kRedux || kLanes == 32, "redux meets all lanes of a warp");
   static constexpr int kRowLanes = kLanes;
   static constexpr int kChunkCount = kChunks;
   static constexpr int kPassCount = kPasses;
@@ -55,9 +57,14 @@ struct RowRound {
     }
   }
 
-  // keep(row in round, scale) is called once a row, by one of its lanes.
+  // keep(row in round, scale) is called once a row, by one of its lanes; found() by all, when the
+  // rows have arrived.
   template <typename Keep>
   __device__ __forceinline__ Factors find_factors(Keep&& keep) const {
+    return find_factors(keep, [] {});
+  }
+  template <typename Keep, typename Found>
+  __device__ __forceinline__ Factors find_factors(Keep&& keep, Found&& found) const {
     typename Chunk<T>::Amax m[kPasses];
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
@@ -65,20 +72,26 @@ struct RowRound {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) chunks[p][i].add_to(m[p]);
     }
-    return factors_of(m, keep);
+    return factors_of(m, keep, found);
   }
 
   // From what each lane found of its rows.
   template <typename Keep>
   static __device__ __forceinline__ Factors factors_of(typename Chunk<T>::Amax (&m)[kPasses],
                                                        Keep&& keep) {
+    return factors_of(m, keep, [] {});
+  }
+  template <typename Keep, typename Found>
+  static __device__ __forceinline__ Factors factors_of(typename Chunk<T>::Amax (&m)[kPasses],
+                                                       Keep&& keep, Found&& found) {
     Factors f;
     reduce(m, f.amax);
+    found();
     // One lane finds the factor of a pass for all.
     const RowFactor one = RowFactor::from_amax<T>(of_lane(f.amax));
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) {
-      f.inverse[p] = __shfl_sync(0xffffffffu, one.inverse, p, kLanes);
+      f.inverse[p] = kPasses == 1 ? one.inverse : __shfl_sync(0xffffffffu, one.inverse, p, kLanes);
     }
     static_assert(kPasses <= kLanes);
     if (lane() < kPasses) keep(row_in_round(lane()), one.stored);
@@ -154,7 +167,20 @@ struct RowRound {
   // amax over the lanes of a row. Rows of 16 bits go two to a word.
   static __device__ __forceinline__ void reduce(typename Chunk<T>::Amax (&m)[kPasses],
                                                 float (&amax)[kPasses]) {
-    if constexpr (kOneProduct<T>) {
+    if constexpr (kRedux && kOneProduct<T>) {
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        m[p] = __vmaxu2(m[p], m[p] >> 16) & 0xffffu;
+        amax[p] = Chunk<T>::amax_of_bits(__reduce_max_sync(0xffffffffu, m[p]));
+      }
+    } else if constexpr (kRedux) {
+      // Not negative, or NaN: ordered as integers.
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        const uint32_t bits = __float_as_uint(Chunk<T>::amax_of(m[p]));
+        amax[p] = __uint_as_float(__reduce_max_sync(0xffffffffu, bits));
+      }
+    } else if constexpr (kOneProduct<T>) {
 #pragma unroll
       for (int p = 0; p < kPasses; ++p) m[p] = __vmaxu2(m[p], m[p] >> 16) & 0xffffu;
 #pragma unroll
