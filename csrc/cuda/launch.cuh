@@ -48,8 +48,8 @@ inline int32_t checked_int32(int64_t value, const char* what) {
 // executes that, so that a finished kernel implies that all kernels before it are finished. Blocks
 // let the successor in with ptx::grid_dependency_trigger() when they have little left to do, or by
 // ending. Not earlier: blocks that arrive while the multiprocessors are unevenly busy pile up on
-// the idle ones and stay there (measured: a grid of 128 blocks then takes twice its time). A grid of
-// few blocks that take the same time lets its successor in when its rows have arrived
+// the idle ones and stay there (measured: a grid of 128 blocks then takes twice its time). A grid
+// of few blocks that take the same time lets its successor in when its rows have arrived
 // (sm90/panel.cuh).
 //
 // Code compiled for less than sm_90 does not wait, on whatever device its PTX ends up: what counts
