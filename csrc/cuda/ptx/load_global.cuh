@@ -23,5 +23,9 @@ __device__ __forceinline__ uint32_t ld_global_nc_16(const void* from) {
 __device__ __forceinline__ void prefetch_global_l2(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
+// What is loaded soon and has no register yet. PTX ISA: prefetch.global.L1.
+__device__ __forceinline__ void prefetch_global_l1(const void* from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+}
 
 }  // namespace int8_ops::ptx
